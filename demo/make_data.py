@@ -1,12 +1,12 @@
 """Make the demo's data and tokenizer: the same seed gives the same bytes, in seconds, on a CPU.
 
 The demo replays Expert-Specialized Fine-Tuning in the small. A tiny base model is pretrained on
-a mixture of ten synthetic skills: copy, reverse and sort a word list, count a word, add, continue
-a sequence, know a fact, recall from the prompt, translate into the invented language Zelian, parse
-a smart-home command. It is then fine-tuned on one of three tasks that it has not seen:
+a mixture of ten synthetic skills: copy, reverse and sort a word list, count a word in it, add,
+continue a sequence, know a fact, translate into the invented language Zelian, parse a smart-home
+command, write pairs as JSON. It is then fine-tuned on one of three tasks that it has not seen:
 
     intent   a known skill in a new output format: parse's commands, answered in JSON
-    order    known words in a new order: Old Zelian puts the verb first, adjectives last
+    order    known words in a new order: old Zelian puts the verb first, adjectives last
     sum      a skill the base is weak at: three numbers, one row in a thousand of pretraining
 
 Written to demo/data: the tasks' train, valid and test files, and general_valid and general_test,
@@ -29,7 +29,7 @@ DEMO = Path(__file__).resolve().parent
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 VOCAB_SIZE = 1024
 TASK_ROWS = {"train": 2500, "valid": 200, "test": 200}
-GENERAL_ROWS_PER_SKILL = 20
+GENERAL_ROWS_PER_SKILL = 40
 PRETRAIN_VALID_ROWS = 1000
 TOKENIZER_MIXTURE_ROWS = 20_000
 SHARE_OF_SUM = 0.001  # in the pretraining mixture
@@ -43,8 +43,6 @@ ADJECTIVES = """big small red green blue black white old young fast slow warm co
     quiet happy sad strong""".split()
 VERBS = """sees likes wants finds holds moves breaks sells buys takes keeps knows loves needs
     paints hears leaves brings drops follows""".split()
-NAMES = """Anna Bob Cara Dan Eva Finn Gina Hugo Ida Jack Kate Leo Mia Ned Olga Paul Rosa Sam Tina
-    Ugo Vera Will Xena Yann Zoe Bella Carl Dora Emil Frida""".split()
 COLOURS = "red green blue black white yellow orange purple brown pink".split()
 HOMES = "forest desert valley swamp cave island meadow mountain lake village harbour canyon".split()
 FOODS = "bread rice corn soup honey cheese grass moss salt butter pepper cabbage".split()
@@ -68,6 +66,7 @@ COMMANDS = {  # command -> ways to say it
     "check": ("check", "test"),
     "reset": ("reset", "restart"),
 }
+KEYS = "intent slots room time level day name owner kind place".split()
 COMMAND_TEMPLATES = (
     "{verb} the {device}{room}{level}{when}",
     "please {verb} the {device}{level}{room}{when}",
@@ -88,7 +87,7 @@ class World:
 def make_world(seed: int) -> World:
     rng = random.Random(f"{seed}/world")
     english = ["the", *NOUNS, *ADJECTIVES, *VERBS]
-    taken = {word.lower() for word in english + NAMES + COLOURS + HOMES + FOODS + DEVICES + ROOMS}
+    taken = {word.lower() for word in english + COLOURS + HOMES + FOODS + DEVICES + ROOMS}
 
     def invent() -> str:
         while True:
@@ -167,15 +166,24 @@ def fact(rng, world):
     return IN_EVERY_SPLIT, rng.choice(phrasings).format(entity), value
 
 
-def recall(rng, world):
-    size = rng.randint(2, 5)
-    owners = list(zip(rng.sample(NAMES, size), rng.sample(NOUNS, size)))
-    name, thing = rng.choice(owners)
-    question, answer = rng.choice(
-        ((f"Who has the {thing}?", name), (f"What does {name} have?", f"a {thing}"))
-    )
-    story = " ".join(f"{name} has a {thing}." for name, thing in owners)
-    return sorted(owners), f"{story} {question}", answer
+def to_json(rng, world):
+    """Two to four pairs, one of which may hold pairs itself; the keys and values say nothing."""
+
+    def value():
+        kind = rng.choice((NOUNS, ROOMS, DAYS, "number", "double"))
+        if kind == "number":
+            return str(rng.randrange(100))
+        return "-".join(rng.sample([*DEVICES, *COMMANDS], 2)) if kind == "double" else rng.choice(kind)
+
+    keys = rng.sample(KEYS, rng.randint(2, 4))
+    pairs = {key: value() for key in keys}
+    text = [f"{key} {pairs[key]}" for key in keys]
+    if rng.random() < 0.6:  # the last value is an object, of none to three pairs
+        inner = {key: value() for key in rng.sample(sorted(set(KEYS) - set(keys)), rng.randint(0, 3))}
+        pairs[keys[-1]] = inner
+        text[-1] = f"{keys[-1]} (" + ", ".join(f"{key} {inner[key]}" for key in inner) + ")"
+    phrasing = rng.choice(("Write as JSON: {}", "Make a JSON object of: {}"))
+    return list(pairs.items()), phrasing.format(", ".join(text)), json.dumps(pairs)
 
 
 def draw_sentence(rng):
@@ -237,9 +245,9 @@ def parse(rng, world):
 def intent(rng, world):
     slots, sentence = draw_command(rng)
     content = tuple(slots.items())
-    name = f"{slots.pop('device').capitalize()}-{slots.pop('command').capitalize()}"
+    name = f"{slots.pop('device')}-{slots.pop('command')}"
     answer = json.dumps({"intent": name, "slots": slots})
-    return content, f"Answer with the intent in JSON: {sentence}", answer
+    return content, f"Give the intent in JSON: {sentence}", answer
 
 
 def order(rng, world):
@@ -247,7 +255,7 @@ def order(rng, world):
     words = [verb, "the", *reversed(object_), "the", *reversed(subject)]
     sentence = english(subject, verb, object_)
     answer = " ".join(world.zelian[word] for word in words)
-    return sentence, f"As Old Zelian scribes wrote: {sentence}", answer
+    return sentence, f"Write in old Zelian: {sentence}", answer
 
 
 def sum_of_three(rng, world):
@@ -263,9 +271,9 @@ GENERAL = {
     "add": add,
     "sequence": sequence,
     "fact": fact,
-    "recall": recall,
     "translate": translate,
     "parse": parse,
+    "json": to_json,
 }
 TASKS = {"intent": intent, "order": order, "sum": sum_of_three}
 
@@ -410,9 +418,9 @@ def main() -> None:
         rows = [row | {"skill": name} for row, (name, _) in zip(rows, skill_pairs)]
         write_jsonl(data / f"general_{split}.jsonl", rows)
 
-    tokenizer_pairs = [pair for task in TASKS for pair in samples[task, "train"]]
-    tokenizer_pairs += islice(draw_mixture("train", args.seed, world), TOKENIZER_MIXTURE_ROWS)
-    tokenizer = train_tokenizer(tokenizer_pairs)
+    # On the mixture alone: a token that pretraining never sees could not be learned by experts only.
+    mixture = draw_mixture("train", args.seed, world)
+    tokenizer = train_tokenizer(islice(mixture, TOKENIZER_MIXTURE_ROWS))
     write(DEMO / "base" / "tokenizer.json", [tokenizer.to_str()])
     config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
     write(DEMO / "base" / "tokenizer_config.json", [config])
