@@ -49,6 +49,7 @@ def run(job: dict, part: str, steps: int | None) -> dict:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
         results = json.loads(Path(folder, "run", "results.json").read_text())
     after, before = ([entry["mean"] for entry in results[when].values()] for when in ("after", "before"))
+    tqdm.write(" ".join(map(str, [*job.values(), *after, results["seconds"]])))  # hours of runs: show each
     return {**job, "task_score": after[0], "general_score": after[1], "before": before, "seconds": results["seconds"],
             "trained_parameters": results["trained_parameters"], "adapter_bytes": results["adapter_bytes"]}
 
