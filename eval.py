@@ -33,7 +33,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         raise ValueError(f"prompt {prompts.index([])} is empty; at least one token is required")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False) as bar:
+    with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=None) as bar:
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
             rows = generate_batch(model, [prompts[i] for i in group], max_new_tokens, eos_id)

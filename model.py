@@ -665,7 +665,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
         check_shapes(file, {name: expected[name] for name in names})
     model = build_model(config, device, dtype, experts)
     parameters = dict(model.named_parameters())
-    for file, names in tqdm(by_file.items(), desc="load", unit="file", disable=len(by_file) == 1):
+    for file, names in tqdm(by_file.items(), desc="load", unit="file", leave=False, disable=None):
         with open_tensors(file) as tensors, torch.no_grad():
             for name in names:
                 parameters[name].copy_(tensors.get_tensor(name))
@@ -820,7 +820,7 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output}: must be empty or not exist")
     output.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(sorted(set(tensor_files(base).values())), desc="merge", unit="file"):
+    for path in tqdm(sorted(set(tensor_files(base).values())), desc="merge", unit="file", disable=None):
         with open_tensors(path) as file:
             merged = {name: file.get_tensor(name) for name in file.keys()}
         merged |= {name: tensors[name].to(old.dtype) for name, old in merged.items() if name in tensors}

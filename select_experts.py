@@ -111,7 +111,7 @@ def read_scores(path: str | Path) -> Scores:
 
 def scoring_batches(sequences: list[list[int]], pad_id: int, max_tokens: int = 16384):
     """Batches for `collect_scores` of at most `max_tokens` tokens with padding, with a progress bar."""
-    with tqdm(total=sum(map(len, sequences)), desc="score", unit="token", unit_scale=True) as bar:
+    with tqdm(total=sum(map(len, sequences)), desc="score", unit="token", unit_scale=True, leave=False, disable=None) as bar:
         for group in by_length([len(sequence) for sequence in sequences], max_tokens):
             rows = [sequences[i] for i in group]
             yield pad(rows, pad_id), torch.tensor([len(row) for row in rows])

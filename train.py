@@ -430,7 +430,7 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
     optimizer = MasterAdamW(parameters, config)
     state = resume(output, optimizer)
     alpha = model_config.aux_loss_alpha if config.aux_loss_alpha is None else config.aux_loss_alpha
-    micro_batch = config.batch_size // config.gradient_accumulation_steps
+    micro_batch = config.batch_size // config.gradient_accumulation_steps // parallel.world_size
     print_start(config, model, parameters, rows, held_out, alpha, state)
 
     clock = time.perf_counter()
@@ -438,7 +438,8 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
     for step in range(state["step"], config.steps):
         learning_rate = learning_rate_at(config, step)
         chosen = rows_of_step(len(rows.tokens), config.batch_size, config.seed, step)
-        tokens, labels = rows.tokens[chosen], rows.labels[chosen]
+        mine = chosen[parallel.rank :: parallel.world_size]
+        tokens, labels = rows.tokens[mine], rows.labels[mine]
         learned = parallel.sum((labels[:, 1:] != IGNORE).sum()).item()
         loss = torch.zeros((), device=config.device)
         for micro_tokens, micro_labels in zip(tokens.split(micro_batch), labels.split(micro_batch)):
@@ -457,7 +458,7 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
 
         now = time.perf_counter()
         record = {"step": step + 1, "loss": parallel.sum(loss).item(), "learning_rate": learning_rate,
-                  "grad_norm": norm.item(), "tokens_per_second": round(tokens.numel() / (now - clock))}
+                  "grad_norm": norm.item(), "tokens_per_second": round(config.batch_size * config.seq_length / (now - clock))}
         if held_out and ((step + 1) % config.eval_steps == 0 or step + 1 == config.steps):
             record["validation_loss"] = validate(model, held_out, micro_batch, config.device)
             if state["best_loss"] is None or record["validation_loss"] < state["best_loss"]:
@@ -493,7 +494,7 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
 def print_start(config, model, parameters, rows, held_out, alpha, state) -> None:
     trained, total = sum(p.numel() for p in parameters.values()), sum(p.numel() for p in model.parameters())
     print(f"trains {trained:,} of {total:,} parameters ({trained / total:.1%}, {len(parameters)} tensors); "
-          f"all others are frozen")
+          f"the rest is frozen")
     print(f"data: {len(rows.tokens):,} rows of {config.seq_length} tokens, {len(held_out.tokens) if held_out else 0} "
           f"for validation; {config.steps} steps of {config.batch_size} rows; load balance loss x {alpha:g}")
     if state["step"]:

@@ -75,7 +75,7 @@ def main() -> None:
             if step >= 2:
                 times.append(time.perf_counter() - start)
         median = statistics.median(times)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
         results.append({"rows": rows, "seq_length": length, "checkpointing": checkpointing, "ms": round(median * 1e3, 1),
                         "tokens_per_second": round(rows * length / median), "peak_gib": round(peak, 1)})
         print(f"{rows:>4} {length:>5} {str(checkpointing):>13} {median * 1e3:>8.1f} {rows * length / median:>9,.0f} "

@@ -33,10 +33,11 @@ def random_config(seed: int) -> dict:
     if seed % 4 >= 2:
         config.update(topk_method="group_limited_greedy", n_group=4, topk_group=draw.choice([2, 3]))
     if seed % 3 != 0:
-        mscale = draw.choice([0.707, 1.0])
+        mscale, factor = draw.choice([0.707, 1.0]), draw.choice([4.0, 40.0])
+        config["max_position_embeddings"] = int(64 * factor)
         config["rope_parameters"] = dict(
-            rope_type="yarn", rope_theta=10000.0, factor=draw.choice([4.0, 40.0]), mscale=mscale,
-            mscale_all_dim=draw.choice([mscale, 1.0]), original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
+            rope_type="yarn", rope_theta=10000.0, factor=factor, mscale=mscale, mscale_all_dim=draw.choice([mscale, 1.0]),
+            original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
     return config
 
 

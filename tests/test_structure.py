@@ -1,0 +1,30 @@
+"""The files keep to their place: imports go one way, and at run time only the listed packages are used."""
+
+import ast
+import sys
+
+from conftest import ROOT
+
+LOCAL = {"model": set(), "data": set(), "select_experts": {"model", "data"}, "eval": {"model", "data"},
+         "train": {"model", "data", "select_experts", "eval"}}
+PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "matplotlib"}
+
+
+def imports(name: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_imports_go_one_way():
+    for name, allowed in LOCAL.items():
+        assert imports(name) & {"train_ep", *LOCAL} <= allowed
+        assert not any(module.startswith("torch.distributed") for module in imports(name))
+
+
+def test_only_the_listed_packages_are_imported():
+    for name in LOCAL:
+        outside = {module.split(".")[0] for module in imports(name)} - set(sys.stdlib_module_names) - set(LOCAL)
+        assert outside <= PACKAGES
+    listed = (ROOT / "requirements.txt").read_text()
+    assert all(package in listed for package in PACKAGES - {"matplotlib"})

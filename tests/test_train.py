@@ -1,0 +1,268 @@
+"""What is trained and what is not, the optimizer by hand, continuing, and configs that must be refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train as training
+from data import encode_file, load_tokenizer, pack
+from model import ModelConfig, load_adapter, load_model, token_losses
+from train import MasterAdamW, TrainConfig, learning_rate_at, parse_config, train
+
+
+def settings(checkpoint, chat_file, output, **changes) -> TrainConfig:
+    config = TrainConfig(model=str(checkpoint), data=str(chat_file), output_dir=str(output), seq_length=64, batch_size=4,
+                         gradient_accumulation_steps=2, steps=6, learning_rate=1e-2, eval_steps=2, save_steps=2,
+                         validation_fraction=0.1, dtype="float32", device="cpu", gradient_checkpointing=False)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.check()
+    return config
+
+
+def metrics(output) -> list[dict]:
+    """metrics.jsonl without the timings."""
+    rows = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"dtype": "bfloat16"}, {"experts": "loop"}, {"gradient_checkpointing": True}, {"shared_experts": True},
+    {"score": "gate"}, {"selection": "random"}, {"method": "full"}])
+def test_only_the_selection_changes_and_the_adapter_holds_exactly_it(checkpoint, chat_file, tmp_path, changes):
+    config = settings(checkpoint, chat_file, tmp_path / "run", **changes)
+    results = train(config)
+    cfg = json.loads((tmp_path / "run/expert_cfg.json").read_text())
+    base = load_model(checkpoint, dtype=getattr(torch, config.dtype))
+    trained = load_model(checkpoint, dtype=getattr(torch, config.dtype), adapter=tmp_path / "run/adapter")
+    selected = {f"model.layers.{layer}.mlp.experts.{e}.{p}_proj.weight" for layer, experts in cfg["experts"].items()
+                for e in experts for p in ("gate", "up", "down")}
+    if cfg["shared_experts"]:
+        selected |= {n for n, _ in base.named_parameters() if ".shared_experts." in n}
+    if cfg["non_expert_modules"]:
+        selected |= {n for n, _ in base.named_parameters() if "experts." not in n}
+    assert load_file(tmp_path / "run/adapter/adapter.safetensors").keys() == selected
+    changed = set()
+    for (name, before), (_, after) in zip(base.named_parameters(), trained.named_parameters()):
+        if torch.equal(before, after):
+            continue
+        changed.add(name)
+    assert changed == selected
+    total = sum(p.numel() for p in base.parameters())
+    assert (results["trained_parameters"] == total) == (config.method == "full")
+    assert metrics(tmp_path / "run")[-1]["loss"] < metrics(tmp_path / "run")[0]["loss"]
+
+
+def test_the_model_in_memory_is_the_base_outside_the_selection(checkpoint, chat_file, tmp_path, monkeypatch):
+    """The adapter could hide a frozen tensor that moved: look at the trained model itself."""
+    seen = []
+    monkeypatch.setattr(training, "load_model", lambda *a, **k: seen.append(load_model(*a, **k)) or seen[0])
+    train(settings(checkpoint, chat_file, tmp_path / "run", eval_steps=100))
+    selected = load_file(tmp_path / "run/adapter/adapter.safetensors").keys()
+    for name, before in load_model(checkpoint, dtype=torch.float32).named_parameters():
+        assert torch.equal(dict(seen[0].named_parameters())[name], before) == (name not in selected), name
+
+
+def test_paths_and_checkpointing_give_the_same_run(checkpoint, chat_file, tmp_path):
+    runs = []
+    for i, changes in enumerate([{}, {"experts": "loop"}, {"gradient_checkpointing": True},
+                                 {"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 4}]):
+        train(settings(checkpoint, chat_file, tmp_path / str(i), **changes))
+        runs.append([row["loss"] for row in metrics(tmp_path / str(i))])
+    for run in runs[1:]:
+        assert run == pytest.approx(runs[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_a_run_that_is_stopped_and_started_again_ends_the_same(checkpoint, chat_file, tmp_path, monkeypatch, stop_at):
+    train(settings(checkpoint, chat_file, tmp_path / "whole", dtype="bfloat16"))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(config, record):
+        if record["step"] == stop_at:
+            raise Stopped
+
+    config = settings(checkpoint, chat_file, tmp_path / "parts", dtype="bfloat16")
+    monkeypatch.setattr(training, "print_step", stop)
+    with pytest.raises(Stopped):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    for name in ("adapter/adapter.safetensors", "checkpoints/step-000006/optimizer.safetensors", "expert_cfg.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    kept = sorted(path.name for path in (tmp_path / "parts/checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000006"]
+
+
+def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(checkpoint, chat_file, tmp_path, monkeypatch):
+    config = settings(checkpoint, chat_file, tmp_path / "run")
+    results = train(config)
+    monkeypatch.setattr(training, "load_model", None)  # must not be called
+    assert train(config) == results
+    with pytest.raises(ValueError, match=r"another config: learning_rate \(0.01, now 0.02\), steps \(6, now 7\); choose"):
+        train(settings(checkpoint, chat_file, tmp_path / "run", learning_rate=0.02, steps=7))
+    monkeypatch.undo()
+    train(settings(checkpoint, chat_file, tmp_path / "run", steps=7, overwrite=True))
+    assert len(metrics(tmp_path / "run")) == 7
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("mine")
+    for overwrite in (False, True):  # what train.py did not write it does not delete
+        with pytest.raises(ValueError, match="holds files that no run of train.py wrote"):
+            train(settings(checkpoint, chat_file, tmp_path / "other", overwrite=overwrite))
+    assert (tmp_path / "other/thesis.txt").exists()
+
+
+def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path):
+    other = tmp_path / "other.jsonl"  # what is learned on one file does harm on this one, sooner or later
+    other.write_text("\n".join(json.dumps({"prompt": "", "completion": f"{i} {i}"}) for i in range(40)))
+    config = settings(checkpoint, chat_file, tmp_path / "run", steps=40, learning_rate=3e-2, method="full",
+                      validation_data=str(other))
+    results = train(config)
+    losses = [row["validation_loss"] for row in metrics(tmp_path / "run") if "validation_loss" in row]
+    assert results["best_validation_loss"] == min(losses) != losses[-1]  # it did get worse again
+    model = load_model(checkpoint, dtype=torch.float32)
+    load_adapter(model, tmp_path / "run/adapter")
+    tokenizer = load_tokenizer(checkpoint)
+    rows = training.Rows(*pack(encode_file(other, tokenizer), 64, 0.0, tokenizer.eos_id, 0))
+    assert training.validate(model, rows, 2, "cpu") == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_loss_equals_transformers(tmp_path):
+    from conftest import save_with_transformers
+
+    oracle = save_with_transformers(tmp_path, seed=2)
+    tokens = torch.randint(0, 90, (3, 20), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(torch.rand(3, 20, generator=torch.Generator().manual_seed(1)) < 0.5, -100)
+    expected = oracle(tokens, labels=labels).loss
+    model = load_model(tmp_path, dtype=torch.float32)
+    for chunk in (2048, 7):
+        losses, _ = token_losses(model, tokens, labels, chunk=chunk)
+        assert len(losses) == (labels[:, 1:] >= 0).sum()
+        torch.testing.assert_close(losses.mean(), expected)
+
+
+def test_one_step_of_adamw_by_hand():
+    p = torch.nn.Parameter(torch.tensor([[0.5, -0.25]], dtype=torch.bfloat16))
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.1)
+    optimizer = MasterAdamW({"w": p}, config)
+    for gradient in ([[0.5, 1.0]], [[0.5, 1.0]]):  # two micro-batches
+        p.grad = torch.tensor(gradient, dtype=torch.bfloat16)
+        optimizer.accumulate()
+    assert p.grad is None and optimizer.gradients["w"].tolist() == [[1.0, 2.0]]
+    optimizer.step(0.1)
+    # The first step's moments are g and g^2 after bias correction: w (1 - lr decay) - lr g / |g|.
+    expected = torch.tensor([[0.5 * 0.99 - 0.1, -0.25 * 0.99 - 0.1]])
+    torch.testing.assert_close(optimizer.masters["w"], expected)
+    assert torch.equal(p, expected.to(torch.bfloat16))
+
+
+def test_masters_move_where_bfloat16_would_not():
+    p = torch.nn.Parameter(torch.full((1, 1), 0.02, dtype=torch.bfloat16))
+    start = p.item()
+    optimizer = MasterAdamW({"w": p}, TrainConfig(learning_rate=1e-5, weight_decay=0.0))
+    values = []
+    for _ in range(20):
+        p.grad = torch.ones_like(p)
+        optimizer.accumulate()
+        optimizer.step(1e-5)
+        values.append(p.item())
+    assert values[0] == start and values[-1] < start - 1e-4
+
+
+def test_learning_rate_by_hand():
+    config = TrainConfig(learning_rate=1.0, warmup_steps=2, steps=6, schedule="linear")
+    assert [learning_rate_at(config, step) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    config.schedule = "cosine"
+    assert learning_rate_at(config, 4) == pytest.approx(0.5)
+    config.schedule = "constant"
+    assert learning_rate_at(config, 5) == 1.0
+
+
+def test_precedence_of_settings(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('model = "m"\ndata = "d"\noutput_dir = "o"\nsteps = 7\nscore = "gate"\nmethod = "full"\n')
+    config = parse_config(["--config", str(path), "--steps", "9", "--overwrite", "true", "--eval_sets", "loss:a", "exact:b"])
+    assert (config.steps, config.score, config.seq_length, config.overwrite) == (9, "gate", 4096, True)
+    assert (config.top_p, config.learning_rate) == (0.1, 3e-5)  # follow score and method
+    assert config.eval_sets == ["loss:a", "exact:b"]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("learning_rte = 1", "unknown key learning_rte; did you mean learning_rate"),
+    ("top_p = 0", "top_p is 0; must be above 0 and at most 1"),
+    ("top_p = 2", "top_p is 2; must be above 0"),
+    ("top_p = true", "top_p is True; must be of type"),
+    ('steps = "many"', "steps is 'many'; must be of type int"),
+    ("steps = 0", "steps is 0; must be at least 1"),
+    ('method = "lora"', "method is 'lora'; must be one of esft, full"),
+    ("gradient_accumulation_steps = 5", r"gradient_accumulation_steps is 5; must divide batch_size \(32\)"),
+    ('eval_sets = ["intent"]', "eval_sets: 'intent' must be TASK:FILE"),
+    ("learning_rate = nan", "learning_rate is nan; must be above 0"),
+    ("[section]", "unknown key section"),
+    ("steps = ", "not valid TOML"),
+])
+def test_impossible_configs_are_refused_by_key(tmp_path, line, message):
+    path = tmp_path / "config.toml"
+    path.write_text('model = "m"\ndata = "d"\noutput_dir = "o"\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"config.toml: {message}"):
+        parse_config(["--config", str(path)])
+
+
+def test_bad_files_are_refused_before_the_model_is_loaded(checkpoint, chat_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_model", None)  # must not be called
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    cfg = tmp_path / "cfg.json"
+    cfg.write_text('{"experts": {"1": [64]}}')
+    for changes, error, message in (
+            ({"data": str(bad)}, ValueError, "bad.jsonl: line 1: .*the answer"),
+            ({"validation_data": str(bad)}, ValueError, "bad.jsonl: line 1"),
+            ({"eval_sets": [f"exact:{bad}"]}, ValueError, "bad.jsonl: line 1: field raw_answers"),
+            ({"data": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl: no such data file"),
+            ({"model": "nowhere"}, FileNotFoundError, "nowhere/config.json: no such file"),
+            ({"expert_config": str(cfg)}, ValueError, "cfg.json: experts: layer 1 names expert 64; must be 0 to 7")):
+        with pytest.raises(error, match=message):
+            train(settings(checkpoint, chat_file, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_line_reports_errors_without_a_traceback(tmp_path):
+    def call(*arguments):
+        return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    done = call("--config", str(tmp_path / "none.toml"))
+    assert done.returncode == 1 and done.stderr == f"error: {tmp_path}/none.toml: no such config file\n"
+    done = call("--help")
+    assert done.returncode == 0 and "--learning_rate" in done.stdout and "default: 1e-5 for esft" in done.stdout
+
+
+def test_every_config_of_the_repository_is_valid():
+    for path in [*ROOT.glob("configs/*.toml"), ROOT / "demo/pretrain.toml"]:
+        parse_config(["--config", str(path)])
+
+
+def test_every_option_is_read():
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "eval"))
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"config.{name}" in source or f"self.{name}" in source, name
+
+
+def test_demo_base_is_a_published_format_checkpoint():
+    config = ModelConfig.from_json(ROOT / "demo/base/config.json")
+    model = load_model(ROOT / "demo/base")
+    assert sum(p.numel() for p in model.parameters()) == 4_075_200 and config.n_routed_experts == 64
+    from transformers import AutoModelForCausalLM
+
+    oracle = AutoModelForCausalLM.from_pretrained(ROOT / "demo/base", dtype=torch.float32)
+    tokens = torch.arange(50)[None]
+    expected = oracle(tokens).logits
+    assert (load_model(ROOT / "demo/base", dtype=torch.float32)(tokens) - expected).abs().max() < 1e-4 * expected.abs().max()
