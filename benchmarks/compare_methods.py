@@ -34,14 +34,14 @@ METHODS = {  # name -> keys of train.py, learning rates to try
 TASKS = {"intent": "intent", "order": "exact", "sum": "exact"}  # task -> metric of eval.py
 
 
-def run(job: dict, part: str, steps: int | None) -> dict:
+def run(job: dict, part: str, tiny: bool) -> dict:
     """One training run in a process of its own, on one core; adds its scores to the job."""
     data = "demo/data"
     with tempfile.TemporaryDirectory() as folder:
         keys = {"data": f"{data}/{job['task']}_train.jsonl", "learning_rate": job["learning_rate"], "seed": job["seed"],
                 "output_dir": f"{folder}/run", "device": "cpu", **METHODS[job["method"]][0]}
-        if steps:
-            keys["steps"] = steps
+        if tiny:
+            keys |= {"steps": 2, "n_sample_tokens": 1000, "max_new_tokens": 2}
         command = [sys.executable, "train.py", "--config", "configs/demo.toml", "--eval_sets",
                    f"{TASKS[job['task']]}:{data}/{job['task']}_{part}.jsonl", f"exact:{data}/general_{part}.jsonl"]
         for key, value in keys.items():
@@ -119,7 +119,7 @@ def main() -> None:
 
     part = "valid" if args.stage == "tune" else "test"
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in tqdm(pool.map(lambda job: run(job, part, 2 if args.tiny else None), todo), total=len(todo), unit="run"):
+        for done in tqdm(pool.map(lambda job: run(job, part, args.tiny), todo), total=len(todo), unit="run"):
             runs.append(done)
             write_json(paths[args.stage], runs, indent=1)
     runs = [of(runs, **job)[0] for job in jobs]
