@@ -401,6 +401,7 @@ def run_eval_sets(config: TrainConfig, model: Transformer, tokenizer: Tokenizer,
         result = evaluate(model, tokenizer, task, path, config.max_new_tokens)
         write_records(output / "eval" / f"{when}.{Path(path).stem}.{task}.jsonl", result.records)
         means[entry] = {"mean": result.mean, "count": result.count, "unit": result.unit}
+        print(f"{when} training: {task} on {path}: {result.mean:.3f}", flush=True)
     write_json(means_path, means, indent=2)
     return means
 
@@ -532,6 +533,8 @@ def main() -> None:
         print_results(config, train(config))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command continues from the newest checkpoint") from None
 
 
 if __name__ == "__main__":
