@@ -1,8 +1,8 @@
-"""JSON lines -> token ids and labels -> packed rows -> batches that are a pure function of (data, seed, step).
+"""JSON lines -> token ids and labels -> packed rows -> batches that are a pure function of (data,
+seed, step).
 
-A sample is a pair (input_ids, labels) of equally long lists. Labels stand at the position of their own
-token (the loss shifts them by one) and are IGNORE where nothing is learned.
-"""
+A sample is a pair (input_ids, labels) of equally long lists. Labels stand at the position of their
+own token (the loss shifts them by one) and are IGNORE where nothing is learned."""
 
 import json
 import random
@@ -39,8 +39,9 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Reads tokenizer.json, and from tokenizer_config.json which tokens begin and end a sequence (strings
-    or objects with "content"). Raises FileNotFoundError or ValueError that names file and field."""
+    """Reads tokenizer.json, and from tokenizer_config.json which tokens begin and end a sequence
+    (strings or objects with "content"). Raises FileNotFoundError or ValueError that names file and
+    field."""
     directory = Path(directory)
     path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
     for needed in (path, config_path):
@@ -62,18 +63,21 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         number = inner.token_to_id(token) if isinstance(token, str) else None
         if number is None:
-            raise ValueError(f"{config_path}: {field} is {config.get(field)!r}; must be a token of {path.name}")
+            raise ValueError(
+                f"{config_path}: {field} is {config.get(field)!r}; must be a token of {path.name}"
+            )
         ids.append(number)
     return Tokenizer(inner, *ids)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Rows
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """(where, row) for every row of a file of JSON lines or of one JSON array; `where` names file and line
-    for error messages. Raises FileNotFoundError, or ValueError for a row that is not an object."""
+    """(where, row) for every row of a file of JSON lines or of one JSON array; `where` names file
+    and line for error messages. Raises FileNotFoundError, or ValueError for a row that is not an
+    object."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
@@ -110,15 +114,20 @@ def text_field(row: dict, field: str, where: str) -> str:
 
 def chat_pieces(messages: list[dict], where: str = "messages") -> list[tuple[str, bool, bool]]:
     """(text, is it an answer, is it learned) for each message, in the format of the ESFT paper:
-    "User: {content}\\n\\nAssistant:", " {content}", an end of sequence after each answer; content stripped.
-    `"mask": 1` on an answer leaves it out of the loss. Raises ValueError that names row and field."""
+    "User: {content}\\n\\nAssistant:", " {content}", an end of sequence after each answer; content
+    stripped. `"mask": 1` on an answer leaves it out of the loss. Raises ValueError that names row
+    and field."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: field messages is {messages!r:.60}; a list of messages is required")
+        raise ValueError(
+            f"{where}: field messages is {messages!r:.60}; a list of messages is required"
+        )
     pieces = []
     for i, message in enumerate(messages):
         here = f"{where}: messages[{i}]"
         if not isinstance(message, dict):
-            raise ValueError(f"{here} is {message!r:.60}; an object with role and content is required")
+            raise ValueError(
+                f"{here} is {message!r:.60}; an object with role and content is required"
+            )
         role, content = message.get("role"), text_field(message, "content", here).strip()
         if role == "user":
             pieces.append((f"User: {content}\n\nAssistant:", False, False))
@@ -129,13 +138,15 @@ def chat_pieces(messages: list[dict], where: str = "messages") -> list[tuple[str
         else:
             raise ValueError(f"{here}: field role is {role!r}; must be user or assistant")
     if not pieces[-1][1]:
-        raise ValueError(f"{where}: messages end with role user; the answer, role assistant, is missing")
+        raise ValueError(
+            f"{where}: messages end with role user; the answer, role assistant, is missing"
+        )
     return pieces
 
 
 def row_pieces(row: dict, where: str) -> list[tuple[str, bool, bool]]:
-    """The pieces of a row of `messages`, or of `prompt` and `completion`: text that stands as it is, in
-    whatever format it carries, of which the completion is learned."""
+    """The pieces of a row of `messages`, or of `prompt` and `completion`: text that stands as it
+    is, in whatever format it carries, of which the completion is learned."""
     if "messages" in row:
         return chat_pieces(row["messages"], where)
     if "prompt" not in row:
@@ -146,9 +157,11 @@ def row_pieces(row: dict, where: str) -> list[tuple[str, bool, bool]]:
     return [(prompt, False, False), (completion, True, True)]
 
 
-def join_pieces(pieces: list[tuple[str, bool, bool]], ids: Iterable[list[int]], tokenizer: Tokenizer) -> Sample:
-    """The begin of sequence is learned (as in the original code; alone in a row it predicts nothing, but
-    packed behind another sample it is predicted)."""
+def join_pieces(
+    pieces: list[tuple[str, bool, bool]], ids: Iterable[list[int]], tokenizer: Tokenizer
+) -> Sample:
+    """The begin of sequence is learned (as in the original code; alone in a row it predicts
+    nothing, but packed behind another sample it is predicted)."""
     input_ids, labels = [tokenizer.bos_id], [tokenizer.bos_id]
     for (_, is_answer, is_learned), piece in zip(pieces, ids, strict=True):
         piece = piece + [tokenizer.eos_id] if is_answer else piece
@@ -170,18 +183,18 @@ def encode_file(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
     return [join_pieces(pieces, [next(ids) for _ in pieces], tokenizer) for pieces in rows]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Packed rows for training
 
 
-def pack(samples: list[Sample], seq_length: int, random_concat_ratio: float, pad_id: int,
-         seed: int) -> tuple[Tensor, Tensor]:
+def pack(
+    samples: list[Sample], seq_length: int, random_concat_ratio: float, pad_id: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Samples, in their order, joined into rows: tokens and labels, int64 (rows, seq_length).
 
-    The paper's way: a sample that does not fit into what is left of a row loses its head, not its tail;
-    with probability `random_concat_ratio` a sample that joins others loses its first token; samples see
-    those before them in the row; the last row is padded.
-    """
+    The paper's way: a sample that does not fit into what is left of a row loses its head, not its
+    tail; with probability `random_concat_ratio` a sample that joins others loses its first token;
+    samples see those before them in the row; the last row is padded."""
     draw = random.Random(seed)
     rows: list[Sample] = []
     tokens, labels = [], []
@@ -208,12 +221,13 @@ def epoch_order(n_rows: int, seed: int, epoch: int) -> list[int]:
 
 
 def rows_of_step(n_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The row numbers of step `step` (from 0): each epoch goes once through all rows, in its own order."""
+    """The row numbers of step `step` (from 0): each epoch goes once through all rows, in its own
+    order."""
     places = range(step * batch_size, (step + 1) * batch_size)
     return [epoch_order(n_rows, seed, place // n_rows)[place % n_rows] for place in places]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Padded rows for scoring and evaluation
 
 
@@ -224,7 +238,8 @@ def pad(sequences: list[list[int]], value: int) -> Tensor:
 
 
 def by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Groups of indices, longest first, each of at most `max_tokens` with its padding (or of one index)."""
+    """Groups of indices, longest first, each of at most `max_tokens` with its padding (or of one
+    index)."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if group and (len(group) + 1) * lengths[group[0]] > max_tokens:
@@ -235,9 +250,11 @@ def by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
         yield group
 
 
-def sample_tokens(samples: list[Sample], n_tokens: int, max_length: int, seed: int) -> list[list[int]]:
-    """The input_ids of randomly drawn samples, each cut to its first `max_length` tokens, until they hold
-    `n_tokens` or none is left."""
+def sample_tokens(
+    samples: list[Sample], n_tokens: int, max_length: int, seed: int
+) -> list[list[int]]:
+    """The input_ids of randomly drawn samples, each cut to its first `max_length` tokens, until
+    they hold `n_tokens` or none is left."""
     order = list(range(len(samples)))
     random.Random(seed).shuffle(order)
     drawn, total = [], 0

@@ -15,17 +15,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import IGNORE, Tokenizer, by_length, encode_file, load_tokenizer, pad, read_rows, text_field
+from data import (
+    IGNORE,
+    Tokenizer,
+    by_length,
+    encode_file,
+    load_tokenizer,
+    pad,
+    read_rows,
+    text_field,
+)
 from model import Cache, Transformer, load_model, replacing, token_losses
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Decoding
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id: int,
-             batch_size: int = 64) -> list[list[int]]:
-    """Greedy continuations of prompts of any lengths, in their order, without the `eos_id` that ends them.
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_id: int,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """Greedy continuations of prompts of any lengths, in their order, without the `eos_id` that
+    ends them.
 
     Prompts of like length share a batch. A row of a batch does not depend on the others.
     """
@@ -43,7 +58,9 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     return completions
 
 
-def generate_batch(model: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id: int) -> Tensor:
+def generate_batch(
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id: int
+) -> Tensor:
     """New tokens (B, at most max_new_tokens), `eos_id` from each row's end on."""
     weight = model.lm_head.weight
     tokens = pad(prompts, eos_id).to(weight.device)  # (B, T), padding at the end
@@ -64,7 +81,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], max_new_tokens:
         hidden = model.hidden_states(token[:, None], cache)[0][:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Tasks
 
 
@@ -74,9 +91,10 @@ def score_exact(prediction: str, answers: list[str]) -> int:
 
 
 def score_intent(prediction: str, answers: list[str]) -> int:
-    """ESFT's intent task: 1 if intent and slots agree with the first answer. The first non-empty line of
-    the prediction, or of its ```json fence, is read as JSON; lists compare as sorted, and spaces inside
-    predicted values are dropped (the original's benchmarks.py, which gives the published scores)."""
+    """ESFT's intent task: 1 if intent and slots agree with the first answer. The first non-empty
+    line of the prediction, or of its ```json fence, is read as JSON; lists compare as sorted, and
+    spaces inside predicted values are dropped (the original's benchmarks.py, which gives the
+    published scores)."""
     text = prediction.strip().strip(".。")
     if "```json" in text:
         fenced = text.split("```json", 1)[1].split("```")
@@ -85,17 +103,24 @@ def score_intent(prediction: str, answers: list[str]) -> int:
     answer = json.loads(answers[0])
     try:
         predicted = json.loads(lines[0].strip(".。")) if lines else None
-        slots = {key: sorted(str(v).replace(" ", "") for v in value) if isinstance(value, list)
-                 else value.replace(" ", "") for key, value in predicted.get("slots", {}).items()}
+        slots = {
+            key: sorted(str(v).replace(" ", "") for v in value)
+            if isinstance(value, list)
+            else value.replace(" ", "")
+            for key, value in predicted.get("slots", {}).items()
+        }
         intent = predicted.get("intent", "")
     except (ValueError, AttributeError, RecursionError):  # not JSON, or JSON of another shape
         return 0
-    expected = {key: sorted(map(str, value)) if isinstance(value, list) else value
-                for key, value in answer.get("slots", {}).items()}
+    expected = {
+        key: sorted(map(str, value)) if isinstance(value, list) else value
+        for key, value in answer.get("slots", {}).items()
+    }
     return int(intent == answer.get("intent", "") and slots == expected)
 
 
-# task -> score of a prediction, given the accepted answers; None: the task is the loss of given answers
+# task -> score of a prediction, given the accepted answers; None: the task is the loss of given
+# answers
 TASKS: dict[str, Callable[[str, list[str]], int] | None] = {
     "exact": score_exact,
     "intent": score_intent,
@@ -104,8 +129,8 @@ TASKS: dict[str, Callable[[str, list[str]], int] | None] = {
 
 
 def read_examples(path: str | Path, task: str) -> list[dict]:
-    """Rows {"prompt", "raw_answers"} of an evaluation file. Prompts already carry the chat format. Raises
-    ValueError that names file, line and field."""
+    """Rows {"prompt", "raw_answers"} of an evaluation file. Prompts already carry the chat format.
+    Raises ValueError that names file, line and field."""
     examples = []
     for where, row in read_rows(path):
         examples.append(example_fields(row, where, task))
@@ -115,14 +140,23 @@ def read_examples(path: str | Path, task: str) -> list[dict]:
 def example_fields(row: dict, where: str, task: str) -> dict:
     answers = row.get("raw_answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-        raise ValueError(f"{where}: field raw_answers is {answers!r:.60}; a list of strings is required")
+        raise ValueError(
+            f"{where}: field raw_answers is {answers!r:.60}; a list of strings is required"
+        )
     if task == "intent":
         try:
             json.loads(answers[0])["intent"]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{where}: field raw_answers[0] is {answers[0]!r:.60}; "
-                             'JSON with "intent" is required') from None
+            raise ValueError(
+                f"{where}: field raw_answers[0] is {answers[0]!r:.60}; "
+                'JSON with "intent" is required'
+            ) from None
     return {"prompt": text_field(row, "prompt", where), "raw_answers": answers}
+
+
+def check_file(task: str, path: str | Path, tokenizer: Tokenizer) -> None:
+    """Raises what evaluating `path` would raise over its rows, without a model."""
+    encode_file(path, tokenizer) if TASKS[task] is None else read_examples(path, task)
 
 
 @dataclass
@@ -135,27 +169,54 @@ class Result:
     records: list[dict]
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, task: str, path: str | Path, max_new_tokens: int = 128,
-             batch_size: int = 64, limit: int | None = None) -> Result:
+def evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: str,
+    path: str | Path,
+    max_new_tokens: int = 128,
+    batch_size: int = 64,
+    limit: int | None = None,
+) -> Result:
     """Runs `task` on a data file. Tasks with answers decode greedily; "loss" takes chat rows."""
     if TASKS[task] is None:
         return evaluate_loss(model, tokenizer, path, limit)
     examples = read_examples(path, task)[:limit]
-    prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_all([e["prompt"] for e in examples])]
+    prompts = [
+        [tokenizer.bos_id, *ids] for ids in tokenizer.encode_all([e["prompt"] for e in examples])
+    ]
     completions = generate(model, prompts, max_new_tokens, tokenizer.eos_id, batch_size)
-    return score_records([{"prompt": e["prompt"], "raw_prediction": tokenizer.decode(completion),
-                           "raw_answers": e["raw_answers"]} for e, completion in zip(examples, completions)], task)
+    return score_records(
+        [
+            {
+                "prompt": e["prompt"],
+                "raw_prediction": tokenizer.decode(completion),
+                "raw_answers": e["raw_answers"],
+            }
+            for e, completion in zip(examples, completions)
+        ],
+        task,
+    )
 
 
 def score_records(examples: list[dict], task: str) -> Result:
-    records = [{"example": e, "score": TASKS[task](e["raw_prediction"], e["raw_answers"])} for e in examples]
+    records = [
+        {"example": e, "score": TASKS[task](e["raw_prediction"], e["raw_answers"])}
+        for e in examples
+    ]
     return Result(sum(r["score"] for r in records) / len(records), len(records), "samples", records)
 
 
 @torch.inference_mode()
-def evaluate_loss(model: Transformer, tokenizer: Tokenizer, path: str | Path, limit: int | None = None,
-                  max_tokens: int = 16384) -> Result:
-    """Mean cross-entropy over the answers' tokens of a chat file; a record's score is its sample's mean."""
+def evaluate_loss(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    limit: int | None = None,
+    max_tokens: int = 16384,
+) -> Result:
+    """Mean cross-entropy over the answers' tokens of a chat file; a record's score is its sample's
+    mean."""
     samples = encode_file(path, tokenizer)[:limit]
     records: list[dict] = [{} for _ in samples]
     total, count = 0.0, 0
@@ -167,15 +228,22 @@ def evaluate_loss(model: Transformer, tokenizer: Tokenizer, path: str | Path, li
         for i, part in zip(group, losses.double().split(learned)):
             ids, targets = samples[i]
             answer = [label for label in targets[1:] if label >= 0]
-            records[i] = {"example": {"prompt": tokenizer.decode([t for t, y in zip(ids, targets) if y < 0]),
-                                      "raw_answers": [tokenizer.decode(answer)]}, "score": part.mean().item()}
+            records[i] = {
+                "example": {
+                    "prompt": tokenizer.decode([t for t, y in zip(ids, targets) if y < 0]),
+                    "raw_answers": [tokenizer.decode(answer)],
+                },
+                "score": part.mean().item(),
+            }
             total, count = total + part.sum().item(), count + len(answer)
     return Result(total / count, count, "tokens", records)
 
 
 def write_records(path: str | Path, records: list[dict]) -> None:
     with replacing(path) as part:
-        part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        part.write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
+        )
 
 
 def rescore(path: str | Path, task: str) -> tuple[Result, int]:
@@ -183,29 +251,53 @@ def rescore(path: str | Path, task: str) -> tuple[Result, int]:
     examples, saved = [], []
     for where, row in read_rows(path):
         if not isinstance(row.get("example"), dict):
-            raise ValueError(f"{where}: field example is {row.get('example')!r:.60}; an object is required")
+            raise ValueError(
+                f"{where}: field example is {row.get('example')!r:.60}; an object is required"
+            )
         example = example_fields(row["example"], where, task)
-        examples.append({**example, "raw_prediction": text_field(row["example"], "raw_prediction", where)})
+        examples.append(
+            {**example, "raw_prediction": text_field(row["example"], "raw_prediction", where)}
+        )
         saved.append(row.get("score"))
     result = score_records(examples, task)
     return result, sum(r["score"] == s for r, s in zip(result.records, saved))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(
-        "Evaluate a checkpoint, with or without an adapter, on a task; or score saved completions again."))
+    parser = argparse.ArgumentParser(
+        description=(
+            "Evaluate a checkpoint, with or without an adapter, on a task; or score saved "
+            "completions again."
+        )
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="checkpoint directory")
-    source.add_argument("--rescore", metavar="COMPLETIONS", help="saved completions to score again, without a model")
+    source.add_argument(
+        "--rescore", metavar="COMPLETIONS", help="saved completions to score again, without a model"
+    )
     parser.add_argument("--adapter", help="adapter directory (expert_cfg.json and .safetensors)")
-    parser.add_argument("--task", choices=TASKS, required=True,
-                        help="exact: the completion is one of the answers; intent: ESFT's intent task, JSON compared; "
-                        "loss: mean cross-entropy of the answers in a chat file")
-    parser.add_argument("--data", help="evaluation file: rows of prompt and raw_answers, for loss rows of messages or "
-                        "of prompt and completion")
-    parser.add_argument("--output", help="where completions and scores are written, one line a sample")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest completion (default: 128)")
-    parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        required=True,
+        help="exact: the completion is one of the answers; intent: ESFT's intent task, "
+        "JSON compared; "
+        "loss: mean cross-entropy of the answers in a chat file",
+    )
+    parser.add_argument(
+        "--data",
+        help="evaluation file: rows of prompt and raw_answers, for loss rows of messages or "
+        "of prompt and completion",
+    )
+    parser.add_argument(
+        "--output", help="where completions and scores are written, one line a sample"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=128, help="longest completion (default: 128)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="prompts decoded together (default: 64)"
+    )
     parser.add_argument("--limit", type=int, help="only the first so many rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -223,13 +315,23 @@ def main() -> None:
             result, equal = rescore(args.rescore, args.task)
         else:
             tokenizer = load_tokenizer(args.model)
-            encode_file(args.data, tokenizer) if args.task == "loss" else read_examples(args.data, args.task)
+            check_file(args.task, args.data, tokenizer)
             model = load_model(args.model, args.device, getattr(torch, args.dtype), args.adapter)
-            result = evaluate(model, tokenizer, args.task, args.data, args.max_new_tokens, args.batch_size, args.limit)
+            result = evaluate(
+                model,
+                tokenizer,
+                args.task,
+                args.data,
+                args.max_new_tokens,
+                args.batch_size,
+                args.limit,
+            )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"{args.task}: {result.mean:.4f} over {result.count} {result.unit}"
-          + (f" (perplexity {math.exp(result.mean):.3f})" if args.task == "loss" else ""))
+    print(
+        f"{args.task}: {result.mean:.4f} over {result.count} {result.unit}"
+        + (f" (perplexity {math.exp(result.mean):.3f})" if args.task == "loss" else "")
+    )
     if args.rescore:
         print(f"{equal} of {result.count} scores equal the saved ones")
     if args.output:

@@ -1,4 +1,5 @@
-"""Which experts does a task use: scores -> selection -> expert_cfg.json (ESFT, arXiv 2407.01906, section 3).
+"""Which experts does a task use: scores -> selection -> expert_cfg.json (ESFT, arXiv 2407.01906,
+section 3).
 
 Scores have the published shape, layer ids absolute:
 {"token_scores": {"1": {"0": 0.0101, ...}, ...}, "gate_scores": {...}}.
@@ -21,18 +22,25 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 
 @torch.no_grad()
-def collect_scores(model: Transformer, batches: Iterable[tuple[Tensor, Tensor]], average: str = "tokens") -> Scores:
-    """Both scores of every routed expert. A batch is tokens (B, T) and lengths (B,), padding at the end.
+def collect_scores(
+    model: Transformer, batches: Iterable[tuple[Tensor, Tensor]], average: str = "tokens"
+) -> Scores:
+    """Both scores of every routed expert. A batch is tokens (B, T) and lengths (B,), padding at the
+    end.
 
-    gate score g_i = 1/Ns sum_j 1/L_j sum_t g_i(t), token selection ratio r_i the same with 1(g_i(t) > 0) / K
-    in place of the gate (ESFT, eq. 5 and 6): the mean over the tokens of a sample, then over samples
-    (`average` "samples"); "tokens" pools the tokens of all samples, as the published scores do. The gate
-    is what the router gives, before routed_scaling_factor.
-    """
+    gate score g_i = 1/Ns sum_j 1/L_j sum_t g_i(t), token selection ratio r_i the same with 1(g_i(t)
+    > 0) / K in place of the gate (ESFT, eq. 5 and 6): the mean over the tokens of a sample, then
+    over samples (`average` "samples"); "tokens" pools the tokens of all samples, as the published
+    scores do. The gate is what the router gives, before routed_scaling_factor."""
     config = model.config
     device = model.lm_head.weight.device
-    layers = {i: block.mlp for i, block in enumerate(model.model.layers) if isinstance(block.mlp, MoE)}
-    totals = {i: torch.zeros(2, config.n_routed_experts, dtype=torch.float64, device=device) for i in layers}
+    layers = {
+        i: block.mlp for i, block in enumerate(model.model.layers) if isinstance(block.mlp, MoE)
+    }
+    totals = {
+        i: torch.zeros(2, config.n_routed_experts, dtype=torch.float64, device=device)
+        for i in layers
+    }
     valid = per_row = None  # of the batch at hand, set in the loop below
     count = 0.0  # tokens, or samples
 
@@ -46,6 +54,7 @@ def collect_scores(model: Transformer, batches: Iterable[tuple[Tensor, Tensor]],
             both = torch.stack([ratios, gates]).double() * valid[:, None]  # (2, N, K)
             both = both * per_row[:, None]
             totals[layer].scatter_add_(1, indices.flatten().expand(2, -1), both.flatten(1))
+
         return hook
 
     hooks = [moe.gate.register_forward_hook(record(i)) for i, moe in layers.items()]
@@ -54,7 +63,11 @@ def collect_scores(model: Transformer, batches: Iterable[tuple[Tensor, Tensor]],
             tokens, lengths = tokens.to(device), lengths.to(device)
             B, T = tokens.shape
             valid = (torch.arange(T, device=device) < lengths[:, None]).flatten()  # (N,)
-            weight = 1 / lengths.double() if average == "samples" else torch.ones(B, device=device).double()
+            weight = (
+                1 / lengths.double()
+                if average == "samples"
+                else torch.ones(B, device=device).double()
+            )
             per_row = weight.repeat_interleave(T)  # (N,)
             model.hidden_states(tokens)
             count += B if average == "samples" else lengths.sum().item()
@@ -69,18 +82,22 @@ def collect_scores(model: Transformer, batches: Iterable[tuple[Tensor, Tensor]],
 
 
 def select(scores: Scores, score: str, top_p: float) -> dict[str, list[int]]:
-    """Layer -> the smallest set of highest-scored experts whose scores sum to at least `top_p`, listed from
-    the highest score down; of equal scores the lower id comes first (ESFT, eq. 7)."""
+    """Layer -> the smallest set of highest-scored experts whose scores sum to at least `top_p`,
+    listed from the highest score down; of equal scores the lower id comes first (ESFT, eq. 7)."""
     if score not in SCORES:
         raise ValueError(f"score is {score!r}; must be token or gate")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; must be above 0 and at most 1")
     experts = {}
     for layer, values in scores[f"{score}_scores"].items():
-        ranked = sorted(((int(e), value) for e, value in values.items()), key=lambda item: (-item[1], item[0]))
+        ranked = sorted(
+            ((int(e), value) for e, value in values.items()), key=lambda item: (-item[1], item[0])
+        )
         chosen, total = [], 0.0
         for expert, value in ranked:
-            if total >= top_p - 1e-9:  # scores of four decimals that sum to p exactly do so in binary, too
+            if (
+                total >= top_p - 1e-9
+            ):  # scores of four decimals that sum to p exactly do so in binary, too
                 break
             chosen.append(expert)
             total += value
@@ -88,11 +105,15 @@ def select(scores: Scores, score: str, top_p: float) -> dict[str, list[int]]:
     return experts
 
 
-def select_random(experts: dict[str, list[int]], n_routed_experts: int, seed: int) -> dict[str, list[int]]:
+def select_random(
+    experts: dict[str, list[int]], n_routed_experts: int, seed: int
+) -> dict[str, list[int]]:
     """As many experts of each layer as `experts` names, drawn at random: the paper's control."""
     draw = random.Random(seed)
-    return {layer: sorted(draw.sample(range(n_routed_experts), len(chosen)))
-            for layer, chosen in experts.items()}
+    return {
+        layer: sorted(draw.sample(range(n_routed_experts), len(chosen)))
+        for layer, chosen in experts.items()
+    }
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -103,15 +124,31 @@ def read_scores(path: str | Path) -> Scores:
         if not isinstance(layers, dict) or not layers:
             raise ValueError(f'{path}: field {name} must be {{"LAYER": {{"EXPERT": SCORE}}}}')
         for layer, values in layers.items():
-            if not layer.isdecimal() or not isinstance(values, dict) or not all(
-                    e.isdecimal() and type(v) in (int, float) and 0 <= v <= 1 for e, v in values.items()):
-                raise ValueError(f"{path}: {name}: layer {layer!r} must map expert ids to scores from 0 to 1")
+            if (
+                not layer.isdecimal()
+                or not isinstance(values, dict)
+                or not all(
+                    e.isdecimal() and type(v) in (int, float) and 0 <= v <= 1
+                    for e, v in values.items()
+                )
+            ):
+                raise ValueError(
+                    f"{path}: {name}: layer {layer!r} must map expert ids to scores from 0 to 1"
+                )
     return scores
 
 
 def scoring_batches(sequences: list[list[int]], pad_id: int, max_tokens: int = 16384):
-    """Batches for `collect_scores` of at most `max_tokens` tokens with padding, with a progress bar."""
-    with tqdm(total=sum(map(len, sequences)), desc="score", unit="token", unit_scale=True, leave=False, disable=None) as bar:
+    """Batches for `collect_scores` of at most `max_tokens` tokens with padding, with a progress
+    bar."""
+    with tqdm(
+        total=sum(map(len, sequences)),
+        desc="score",
+        unit="token",
+        unit_scale=True,
+        leave=False,
+        disable=None,
+    ) as bar:
         for group in by_length([len(sequence) for sequence in sequences], max_tokens):
             rows = [sequences[i] for i in group]
             yield pad(rows, pad_id), torch.tensor([len(row) for row in rows])
@@ -123,7 +160,10 @@ def describe(experts: dict[str, list[int]], scores: Scores, score: str) -> str:
     lines = [f"{'layer':>5} {'experts':>7} {'score':>6}  selected"]
     for layer in sorted(experts, key=int):
         held = sum(scores[f"{score}_scores"][layer][str(e)] for e in experts[layer])
-        lines.append(f"{layer:>5} {len(experts[layer]):>7} {held:>6.3f}  {' '.join(map(str, experts[layer]))}")
+        lines.append(
+            f"{layer:>5} {len(experts[layer]):>7} {held:>6.3f}  "
+            + " ".join(map(str, experts[layer]))
+        )
     total = sum(map(len, experts.values()))
     of = sum(map(len, scores[f"{score}_scores"].values()))
     return "\n".join([*lines, f"selected {total} of {of} experts ({total / of:.1%})"])
@@ -141,10 +181,15 @@ def plot_scores(scores: Scores, score: str, experts: dict[str, list[int]], path:
     values = scores[f"{score}_scores"]
     layers = sorted(values, key=int)
     figure, axes = plt.subplots(figsize=(14, 1.5 + 0.25 * len(layers)), layout="constrained")
-    image = axes.imshow([[values[layer][e] for e in sorted(values[layer], key=int)] for layer in layers],
-                        aspect="auto", cmap="viridis")
+    image = axes.imshow(
+        [[values[layer][e] for e in sorted(values[layer], key=int)] for layer in layers],
+        aspect="auto",
+        cmap="viridis",
+    )
     marks = [(e, i) for i, layer in enumerate(layers) for e in experts[layer]]
-    axes.scatter(*zip(*marks), marker="s", s=30, facecolors="none", edgecolors="red", label="selected")
+    axes.scatter(
+        *zip(*marks), marker="s", s=30, facecolors="none", edgecolors="red", label="selected"
+    )
     axes.set_yticks(range(len(layers)), layers)
     axes.set(xlabel="expert", ylabel="layer", title=f"{score} scores")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12 - 0.5 / len(layers)))
@@ -154,31 +199,68 @@ def plot_scores(scores: Scores, score: str, experts: dict[str, list[int]], path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(
-        "Find the experts that a task uses. Runs the model over samples of the task's data, scores every expert of "
-        "every layer, and writes the smallest set of experts per layer that holds top_p of the score."))
+    parser = argparse.ArgumentParser(
+        description=(
+            "Find the experts that a task uses. Runs the model over samples of the task's data, "
+            "scores every expert of every layer, and writes the smallest set of experts per layer "
+            "that holds top_p of the score."
+        )
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="checkpoint directory; scores are collected with it on --data")
-    source.add_argument("--scores", help="a score file written before: select again without a model")
+    source.add_argument(
+        "--model", help="checkpoint directory; scores are collected with it on --data"
+    )
+    source.add_argument(
+        "--scores", help="a score file written before: select again without a model"
+    )
     parser.add_argument("--data", help="training data of the task, JSON lines (with --model)")
-    parser.add_argument("--output", required=True, help="the expert_cfg.json to write; with --model the scores are "
-                        "written beside it, as NAME.scores.json")
-    parser.add_argument("--score", choices=SCORES, default="token",
-                        help="token: how often an expert is chosen; gate: with what weight (default: token)")
-    parser.add_argument("--top_p", type=float, help="part of the score to hold (default: 0.2 for token, 0.1 for gate)")
-    parser.add_argument("--n_sample_tokens", type=int, default=131072, help="tokens to score on (default: 131072)")
-    parser.add_argument("--seq_length", type=int, default=4096, help="samples are cut to this many tokens "
-                        "(default: 4096)")
-    parser.add_argument("--average", choices=("tokens", "samples"), default="tokens",
-                        help="mean over all tokens, as in the published scores, or over samples, as in the paper's "
-                        "equation (default: tokens)")
-    parser.add_argument("--shared_experts", action="store_true", help="train the shared experts, too")
-    parser.add_argument("--non_expert_modules", action="store_true", help="train attention, norms, embeddings, "
-                        "router and head, too")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="the expert_cfg.json to write; with --model the scores are "
+        "written beside it, as NAME.scores.json",
+    )
+    parser.add_argument(
+        "--score",
+        choices=SCORES,
+        default="token",
+        help="token: how often an expert is chosen; gate: with what weight (default: token)",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        help="part of the score to hold (default: 0.2 for token, 0.1 for gate)",
+    )
+    parser.add_argument(
+        "--n_sample_tokens", type=int, default=131072, help="tokens to score on (default: 131072)"
+    )
+    parser.add_argument(
+        "--seq_length",
+        type=int,
+        default=4096,
+        help="samples are cut to this many tokens (default: 4096)",
+    )
+    parser.add_argument(
+        "--average",
+        choices=("tokens", "samples"),
+        default="tokens",
+        help="mean over all tokens, as in the published scores, or over samples, as in the paper's "
+        "equation (default: tokens)",
+    )
+    parser.add_argument(
+        "--shared_experts", action="store_true", help="train the shared experts, too"
+    )
+    parser.add_argument(
+        "--non_expert_modules",
+        action="store_true",
+        help="train attention, norms, embeddings, router and head, too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the scores as a heat map (needs matplotlib)")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw the scores as a heat map (needs matplotlib)"
+    )
     args = parser.parse_args()
     top_p = args.top_p if args.top_p is not None else {"token": 0.2, "gate": 0.1}[args.score]
     if not 0 < top_p <= 1:
@@ -200,8 +282,14 @@ def main() -> None:
         experts = select(scores, args.score, top_p)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    write_json(args.output, {"experts": experts, "shared_experts": args.shared_experts,
-                             "non_expert_modules": args.non_expert_modules})
+    write_json(
+        args.output,
+        {
+            "experts": experts,
+            "shared_experts": args.shared_experts,
+            "non_expert_modules": args.non_expert_modules,
+        },
+    )
     print(describe(experts, scores, args.score))
     if args.plot:
         plot_scores(scores, args.score, experts, args.plot)

@@ -1,13 +1,14 @@
 """The demo's tasks, trained by ESFT, by full fine-tuning, and with as many random experts.
 
-    python benchmarks/compare_methods.py tune    # each method's learning rate, on the validation files
-    python benchmarks/compare_methods.py test    # three seeds at these rates, on the test files
+    python benchmarks/compare_methods.py tune    # each method's learning rate, on the validation
+    files python benchmarks/compare_methods.py test    # three seeds at these rates, on the test
+    files
 
-Every run is configs/demo.toml but for the keys of its method, task, learning rate and seed. The rule for the
-learning rate, the same for every method: of the rates whose task score is within 0.02 of the method's best, the
-one that keeps most of the general skills. Each finished run is added to benchmarks/results/, so that a second
-call goes on where the first stopped; the last line printed is JSON.
-"""
+Every run is configs/demo.toml but for the keys of its method, task, learning rate and seed. The
+rule for the learning rate, the same for every method: of the rates whose task score is within 0.02
+of the method's best, the one that keeps most of the general skills. Each finished run is added to
+benchmarks/results/, so that a second call goes on where the first stopped; the last line printed is
+JSON."""
 
 import argparse
 import json
@@ -38,29 +39,57 @@ def run(job: dict, part: str, tiny: bool) -> dict:
     """One training run in a process of its own, on one core; adds its scores to the job."""
     data = "demo/data"
     with tempfile.TemporaryDirectory() as folder:
-        keys = {"data": f"{data}/{job['task']}_train.jsonl", "learning_rate": job["learning_rate"], "seed": job["seed"],
-                "output_dir": f"{folder}/run", "device": "cpu", **METHODS[job["method"]][0]}
+        keys = {
+            "data": f"{data}/{job['task']}_train.jsonl",
+            "learning_rate": job["learning_rate"],
+            "seed": job["seed"],
+            "output_dir": f"{folder}/run",
+            "device": "cpu",
+            **METHODS[job["method"]][0],
+        }
         if tiny:
             keys |= {"steps": 2, "n_sample_tokens": 1000, "max_new_tokens": 2}
-        command = [sys.executable, "train.py", "--config", "configs/demo.toml", "--eval_sets",
-                   f"{TASKS[job['task']]}:{data}/{job['task']}_{part}.jsonl", f"exact:{data}/general_{part}.jsonl"]
+        command = [
+            sys.executable,
+            "train.py",
+            "--config",
+            "configs/demo.toml",
+            "--eval_sets",
+            f"{TASKS[job['task']]}:{data}/{job['task']}_{part}.jsonl",
+            f"exact:{data}/general_{part}.jsonl",
+        ]
         for key, value in keys.items():
             command += [f"--{key}", str(value)]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
         results = read_json(Path(folder, "run", "results.json"))
     (task_before, general_before), (task, general) = (
-        [entry["mean"] for entry in results[when].values()] for when in ("before", "after"))
-    return {**job, "task_score": task, "general_score": general, "task_before": task_before,
-            "general_before": general_before, "trained_share": results["trained_parameters"] / results["all_parameters"],
-            "seconds": results["seconds"], "cores_of_machine": os.cpu_count()}
+        [entry["mean"] for entry in results[when].values()] for when in ("before", "after")
+    )
+    return {
+        **job,
+        "task_score": task,
+        "general_score": general,
+        "task_before": task_before,
+        "general_before": general_before,
+        "trained_share": results["trained_parameters"] / results["all_parameters"],
+        "seconds": results["seconds"],
+        "cores_of_machine": os.cpu_count(),
+    }
 
 
 def best_rate(runs: list[dict]) -> float:
     best = max(r["task_score"] for r in runs)
-    return max((r for r in runs if r["task_score"] >= best - 0.02), key=lambda r: r["general_score"])["learning_rate"]
+    return max(
+        (r for r in runs if r["task_score"] >= best - 0.02), key=lambda r: r["general_score"]
+    )["learning_rate"]
 
 
 def of(runs: list[dict], **fields) -> list[dict]:
@@ -68,38 +97,70 @@ def of(runs: list[dict], **fields) -> list[dict]:
 
 
 def tuning_table(runs: list[dict], tasks: list[str]) -> str:
-    lines = ["| task | method | learning rate | task score | general skills | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| task | method | learning rate | task score | general skills | |",
+        "|---|---|---|---|---|---|",
+    ]
     for task in tasks:
         for method in METHODS:
             tried = of(runs, task=task, method=method)
             for r in sorted(tried, key=lambda r: r["learning_rate"]):
                 mark = "chosen" if r["learning_rate"] == best_rate(tried) else ""
-                lines.append(f"| {task} | {method} | {r['learning_rate']:.0e} | {r['task_score']:.3f} | "
-                             f"{r['general_score']:.3f} | {mark} |")
+                lines.append(
+                    f"| {task} | {method} | {r['learning_rate']:.0e} | {r['task_score']:.3f} | "
+                    f"{r['general_score']:.3f} | {mark} |"
+                )
     return "\n".join(lines)
 
 
 def test_table(runs: list[dict], tasks: list[str]) -> str:
-    lines = ["| task | method | learning rate | trained | task score | general skills |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| task | method | learning rate | trained | task score | general skills |",
+        "|---|---|---|---|---|---|",
+    ]
     for task in tasks:
         first = of(runs, task=task)[0]
-        lines.append(f"| {task} | before | | | {first['task_before']:.3f} | {first['general_before']:.3f} |")
+        lines.append(
+            f"| {task} | before | | | {first['task_before']:.3f} | {first['general_before']:.3f} |"
+        )
         for method in METHODS:
             seeds = of(runs, task=task, method=method)
-            cells = [f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}" for values in
-                     ([r["task_score"] for r in seeds], [r["general_score"] for r in seeds])]
+            cells = [
+                f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
+                for values in (
+                    [r["task_score"] for r in seeds],
+                    [r["general_score"] for r in seeds],
+                )
+            ]
             share = statistics.mean(r["trained_share"] for r in seeds)
-            lines.append(f"| {task} | {method} | {seeds[0]['learning_rate']:.0e} | {share:.1%} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {task} | {method} | {seeds[0]['learning_rate']:.0e} | {share:.1%} | "
+                + " | ".join(cells)
+                + " |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tune", "test"), help="tune first; test uses the rates that tune found best")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all three)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time, one core each")
-    parser.add_argument("--tiny", action="store_true",
-                        help="one task, rate and seed, two steps, results in a scratch folder: to see that it works")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "stage",
+        choices=("tune", "test"),
+        help="tune first; test uses the rates that tune found best",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all three)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at the same time, one core each"
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="one task, rate and seed, two steps, results in a scratch folder",
+    )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp()) if args.tiny else ROOT / "benchmarks" / "results"
     tasks = args.tasks[:1] if args.tiny else args.tasks
@@ -109,17 +170,24 @@ def main() -> None:
     for task in tasks:
         for method, (_, rates) in METHODS.items():
             if args.stage == "tune" or args.tiny:
-                jobs += [{"task": task, "method": method, "learning_rate": rate, "seed": 0}
-                         for rate in (rates[:1] if args.tiny else rates)]
+                jobs += [
+                    {"task": task, "method": method, "learning_rate": rate, "seed": 0}
+                    for rate in (rates[:1] if args.tiny else rates)
+                ]
             else:
                 rate = best_rate(of(read_json(paths["tune"]), task=task, method=method))
-                jobs += [{"task": task, "method": method, "learning_rate": rate, "seed": seed} for seed in range(3)]
+                jobs += [
+                    {"task": task, "method": method, "learning_rate": rate, "seed": seed}
+                    for seed in range(3)
+                ]
     todo = [job for job in jobs if not of(runs, **job)]
     todo.sort(key=lambda job: job["method"] != "full")  # the longest first
 
     part = "valid" if args.stage == "tune" else "test"
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in tqdm(pool.map(lambda job: run(job, part, args.tiny), todo), total=len(todo), unit="run"):
+        for done in tqdm(
+            pool.map(lambda job: run(job, part, args.tiny), todo), total=len(todo), unit="run"
+        ):
             runs.append(done)
             write_json(paths[args.stage], runs, indent=1)
     runs = [of(runs, **job)[0] for job in jobs]
@@ -128,7 +196,11 @@ def main() -> None:
     print(f"wrote {paths[args.stage]}")
     if args.stage == "tune":
         print("next: python benchmarks/compare_methods.py test")
-    print(json.dumps({"benchmark": f"demo_{args.stage}", "runs": len(runs), "file": str(paths[args.stage])}))
+    print(
+        json.dumps(
+            {"benchmark": f"demo_{args.stage}", "runs": len(runs), "file": str(paths[args.stage])}
+        )
+    )
 
 
 if __name__ == "__main__":

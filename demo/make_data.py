@@ -173,13 +173,17 @@ def to_json(rng, world):
         kind = rng.choice((NOUNS, ROOMS, DAYS, "number", "double"))
         if kind == "number":
             return str(rng.randrange(100))
-        return "-".join(rng.sample([*DEVICES, *COMMANDS], 2)) if kind == "double" else rng.choice(kind)
+        return (
+            "-".join(rng.sample([*DEVICES, *COMMANDS], 2)) if kind == "double" else rng.choice(kind)
+        )
 
     keys = rng.sample(KEYS, rng.randint(2, 4))
     pairs = {key: value() for key in keys}
     text = [f"{key} {pairs[key]}" for key in keys]
     if rng.random() < 0.6:  # the last value is an object, of none to three pairs
-        inner = {key: value() for key in rng.sample(sorted(set(KEYS) - set(keys)), rng.randint(0, 3))}
+        inner = {
+            key: value() for key in rng.sample(sorted(set(KEYS) - set(keys)), rng.randint(0, 3))
+        }
         pairs[keys[-1]] = inner
         text[-1] = f"{keys[-1]} (" + ", ".join(f"{key} {inner[key]}" for key in inner) + ")"
     phrasing = rng.choice(("Write as JSON: {}", "Make a JSON object of: {}"))
@@ -418,7 +422,8 @@ def main() -> None:
         rows = [row | {"skill": name} for row, (name, _) in zip(rows, skill_pairs)]
         write_jsonl(data / f"general_{split}.jsonl", rows)
 
-    # On the mixture alone: a token that pretraining never sees could not be learned by experts only.
+    # On the mixture alone: a token that pretraining never sees could not be learned by experts
+    # only.
     mixture = draw_mixture("train", args.seed, world)
     tokenizer = train_tokenizer(islice(mixture, TOKENIZER_MIXTURE_ROWS))
     write(DEMO / "base" / "tokenizer.json", [tokenizer.to_str()])

@@ -1,4 +1,5 @@
-"""Tiny checkpoints written by transformers, an oracle that nobody here wrote, and a tiny tokenizer."""
+"""Tiny checkpoints written by transformers, an oracle that nobody here wrote, and a tiny
+tokenizer."""
 
 import os
 import random
@@ -21,14 +22,28 @@ def random_config(seed: int) -> dict:
     draw = random.Random(seed)
     heads = draw.choice([2, 4])
     config = dict(
-        vocab_size=96, hidden_size=32, intermediate_size=draw.choice([40, 64]), moe_intermediate_size=draw.choice([8, 24]),
-        num_hidden_layers=3, num_attention_heads=heads, num_key_value_heads=heads, n_routed_experts=8,
-        n_shared_experts=draw.choice([1, 2]), num_experts_per_tok=draw.choice([2, 3]),
-        first_k_dense_replace=draw.choice([0, 1, 2]), kv_lora_rank=draw.choice([8, 16]),
-        q_lora_rank=None if seed % 2 else 12, qk_nope_head_dim=draw.choice([8, 16]),
-        qk_rope_head_dim=draw.choice([4, 8]), v_head_dim=draw.choice([8, 12]), attention_bias=seed % 3 == 1,
-        routed_scaling_factor=draw.choice([1.0, 2.5]), rms_norm_eps=draw.choice([1e-6, 1e-5]),
-        max_position_embeddings=256, topk_method="greedy", norm_topk_prob=False,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=draw.choice([40, 64]),
+        moe_intermediate_size=draw.choice([8, 24]),
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        n_routed_experts=8,
+        n_shared_experts=draw.choice([1, 2]),
+        num_experts_per_tok=draw.choice([2, 3]),
+        first_k_dense_replace=draw.choice([0, 1, 2]),
+        kv_lora_rank=draw.choice([8, 16]),
+        q_lora_rank=None if seed % 2 else 12,
+        qk_nope_head_dim=draw.choice([8, 16]),
+        qk_rope_head_dim=draw.choice([4, 8]),
+        v_head_dim=draw.choice([8, 12]),
+        attention_bias=seed % 3 == 1,
+        routed_scaling_factor=draw.choice([1.0, 2.5]),
+        rms_norm_eps=draw.choice([1e-6, 1e-5]),
+        max_position_embeddings=256,
+        topk_method="greedy",
+        norm_topk_prob=False,
     )
     if seed % 4 >= 2:
         config.update(topk_method="group_limited_greedy", n_group=4, topk_group=draw.choice([2, 3]))
@@ -36,8 +51,15 @@ def random_config(seed: int) -> dict:
         mscale, factor = draw.choice([0.707, 1.0]), draw.choice([4.0, 40.0])
         config["max_position_embeddings"] = int(64 * factor)
         config["rope_parameters"] = dict(
-            rope_type="yarn", rope_theta=10000.0, factor=factor, mscale=mscale, mscale_all_dim=draw.choice([mscale, 1.0]),
-            original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
+            rope_type="yarn",
+            rope_theta=10000.0,
+            factor=factor,
+            mscale=mscale,
+            mscale_all_dim=draw.choice([mscale, 1.0]),
+            original_max_position_embeddings=64,
+            beta_fast=32,
+            beta_slow=1,
+        )
     return config
 
 
@@ -68,8 +90,9 @@ def save_tokenizer(directory) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": {"content": specials[0]}, "eos_token": specials[1]}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": specials[0]}, "eos_token": specials[1]})
+    )
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +114,13 @@ def chat_file(tmp_path) -> Path:
     rows = []
     for _ in range(40):
         word = "".join(draw.choices("abcdef", k=draw.randint(2, 6)))
-        rows.append({"messages": [{"role": "user", "content": f"Repeat: {word}"},
-                                  {"role": "assistant", "content": word}]})
+        rows.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"Repeat: {word}"},
+                    {"role": "assistant", "content": word},
+                ]
+            }
+        )
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path

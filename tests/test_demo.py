@@ -12,7 +12,10 @@ DATA = ROOT / "demo/data"
 
 def prompts(name: str) -> set[str]:
     rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
-    return {row["prompt"] if "prompt" in row else f"User: {row['messages'][0]['content']}\n\nAssistant:" for row in rows}
+    return {
+        row["prompt"] if "prompt" in row else f"User: {row['messages'][0]['content']}\n\nAssistant:"
+        for row in rows
+    }
 
 
 @pytest.mark.parametrize("task", ["intent", "order", "sum"])
@@ -24,9 +27,13 @@ def test_train_and_evaluation_files_are_apart(task):
 
 def test_general_files_hold_ten_skills_and_none_of_the_tasks():
     for part in ("valid", "test"):
-        rows = [json.loads(line) for line in (DATA / f"general_{part}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (DATA / f"general_{part}.jsonl").read_text().splitlines()
+        ]
         skills = [row["skill"] for row in rows]
-        assert {skill: skills.count(skill) for skill in set(skills)} == dict.fromkeys(set(skills), 40) and len(rows) == 400
+        assert {skill: skills.count(skill) for skill in set(skills)} == dict.fromkeys(
+            set(skills), 40
+        ) and len(rows) == 400
     general = prompts("general_test")
     for task in ("intent", "order", "sum"):
         instruction = next(iter(prompts(f"{task}_test"))).split(" ")[1:4]
@@ -37,7 +44,9 @@ def test_the_generator_gives_the_files_of_the_repository(tmp_path):
     """make_data.py writes beside itself, so a copy of it writes into the scratch folder."""
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/make_data.py").write_bytes((ROOT / "demo/make_data.py").read_bytes())
-    subprocess.run([sys.executable, "demo/make_data.py"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "demo/make_data.py"], cwd=tmp_path, check=True, capture_output=True
+    )
     for path in sorted((tmp_path / "demo").rglob("*.json*")):
         assert path.read_bytes() == (ROOT / path.relative_to(tmp_path)).read_bytes(), path.name
 
@@ -46,12 +55,18 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
     command = [sys.executable, "demo/make_base.py", "--output", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "config.json").read_bytes() == (ROOT / "demo/base/config.json").read_bytes()
-    assert (tmp_path / "model.safetensors").stat().st_size == (ROOT / "demo/base/model.safetensors").stat().st_size
+    assert (tmp_path / "model.safetensors").stat().st_size == (
+        ROOT / "demo/base/model.safetensors"
+    ).stat().st_size
 
 
 @pytest.mark.parametrize("command", [["v2_lite.py"], ["compare_methods.py", "tune"]])
 def test_benchmarks_run(command):
-    done = subprocess.run([sys.executable, f"benchmarks/{command[0]}", *command[1:], "--tiny"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{command[0]}", *command[1:], "--tiny"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "benchmark" in json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""Decoding against transformers and against itself, metrics by hand, rescoring of published completions."""
+"""Decoding against transformers and against itself, metrics by hand, rescoring of published
+completions."""
 
 import json
 
@@ -20,9 +21,15 @@ def test_greedy_decoding_equals_transformers_for_any_batch(seed, tmp_path):
     prompts = [torch.randint(0, 96, (n,), generator=draw).tolist() for n in (1, 4, 9, 30, 4, 17)]
 
     def transformers_greedy(prompt, eos_id):
-        out = oracle.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12,
-                              do_sample=False, eos_token_id=eos_id, pad_token_id=0)
-        new = out[0, len(prompt):].tolist()
+        out = oracle.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=eos_id,
+            pad_token_id=0,
+        )
+        new = out[0, len(prompt) :].tolist()
         return new[: new.index(eos_id)] if eos_id in new else new
 
     endless = [transformers_greedy(prompt, eos_id=95) for prompt in prompts]
@@ -38,19 +45,31 @@ def test_an_empty_prompt_is_refused(checkpoint):
         generate(load_model(checkpoint), [[1], []], 3, eos_id=1)
 
 
-@pytest.mark.parametrize("prediction, score", [
-    (' {"intent": "A", "slots": {"x": "1", "y": ["p", "q"]}}。\n\nmore', 1),
-    ('{"intent": "A", "slots": {"y": ["q", "p"], "x": "1"}}', 1),  # order does not matter
-    ('```json\n{"intent": "A", "slots": {"x": " 1", "y": ["p ", "q"]}}\n```', 1),  # spaces are dropped
-    ('{"intent": "B", "slots": {"x": "1", "y": ["p", "q"]}}', 0),
-    ('{"intent": "A", "slots": {"x": "1"}}', 0),
-    ('{"intent": "A", "slots": {"x": "1", "y": ["p", "q"], "z": "2"}}', 0),
-    ('{"intent": "A", "slots": {"x": 1, "y": ["p", "q"]}}', 0),
-    ('{"intent": "A", "slots": 5}', 0),
-    ('["A"]', 0), ("A", 0), ("", 0), ("```json", 0), ("[" * 100_000, 0),
-])
+@pytest.mark.parametrize(
+    "prediction, score",
+    [
+        (' {"intent": "A", "slots": {"x": "1", "y": ["p", "q"]}}。\n\nmore', 1),
+        ('{"intent": "A", "slots": {"y": ["q", "p"], "x": "1"}}', 1),  # order does not matter
+        (
+            '```json\n{"intent": "A", "slots": {"x": " 1", "y": ["p ", "q"]}}\n```',
+            1,
+        ),  # spaces are dropped
+        ('{"intent": "B", "slots": {"x": "1", "y": ["p", "q"]}}', 0),
+        ('{"intent": "A", "slots": {"x": "1"}}', 0),
+        ('{"intent": "A", "slots": {"x": "1", "y": ["p", "q"], "z": "2"}}', 0),
+        ('{"intent": "A", "slots": {"x": 1, "y": ["p", "q"]}}', 0),
+        ('{"intent": "A", "slots": 5}', 0),
+        ('["A"]', 0),
+        ("A", 0),
+        ("", 0),
+        ("```json", 0),
+        ("[" * 100_000, 0),
+    ],
+)
 def test_intent_by_hand(prediction, score):
-    assert score_intent(prediction, ['{"intent": "A", "slots": {"x": "1", "y": ["p", "q"]}}']) == score
+    assert (
+        score_intent(prediction, ['{"intent": "A", "slots": {"x": "1", "y": ["p", "q"]}}']) == score
+    )
 
 
 def test_exact_by_hand():
@@ -67,19 +86,42 @@ def test_published_completions_get_their_published_scores():
 @pytest.fixture
 def eval_file(tmp_path):
     path = tmp_path / "eval.jsonl"
-    rows = [{"idx": i, "prompt": f"User: Repeat: {w}\n\nAssistant:", "raw_answers": [w]} for i, w in enumerate(("ab", "cd", "e"))]
+    rows = [
+        {"idx": i, "prompt": f"User: Repeat: {w}\n\nAssistant:", "raw_answers": [w]}
+        for i, w in enumerate(("ab", "cd", "e"))
+    ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 
 
-def test_command_line_writes_the_published_shape_and_rescores_it(checkpoint, eval_file, tmp_path, monkeypatch, capsys):
+def test_command_line_writes_the_published_shape_and_rescores_it(
+    checkpoint, eval_file, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "completions.jsonl"
-    monkeypatch.setattr("sys.argv", ["eval.py", "--model", str(checkpoint), "--task", "exact", "--data", str(eval_file),
-                                     "--output", str(output), "--max_new_tokens", "4"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "eval.py",
+            "--model",
+            str(checkpoint),
+            "--task",
+            "exact",
+            "--data",
+            str(eval_file),
+            "--output",
+            str(output),
+            "--max_new_tokens",
+            "4",
+        ],
+    )
     evaluation.main()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["example"]["raw_answers"] for row in rows] == [["ab"], ["cd"], ["e"]]
-    assert set(rows[0]) == {"example", "score"} and set(rows[0]["example"]) == {"prompt", "raw_prediction", "raw_answers"}
+    assert set(rows[0]) == {"example", "score"} and set(rows[0]["example"]) == {
+        "prompt",
+        "raw_prediction",
+        "raw_answers",
+    }
     rows[1]["example"]["raw_prediction"] = " cd "  # as if the model had known it
     output.write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr("sys.argv", ["eval.py", "--rescore", str(output), "--task", "exact"])
@@ -100,17 +142,29 @@ def test_loss_task_equals_transformers(tmp_path, chat_file):
         learned = sum(label >= 0 for label in labels[1:])
         total += oracle(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * learned
         count += learned
-    result = evaluation.evaluate(load_model(tmp_path, dtype=torch.float32), tokenizer, "loss", chat_file)
+    result = evaluation.evaluate(
+        load_model(tmp_path, dtype=torch.float32), tokenizer, "loss", chat_file
+    )
     assert result.count == count and result.mean == pytest.approx(total / count, rel=1e-5)
-    assert result.records[0]["example"]["raw_answers"][0].strip() in result.records[0]["example"]["prompt"]
+    assert (
+        result.records[0]["example"]["raw_answers"][0].strip()
+        in result.records[0]["example"]["prompt"]
+    )
 
 
-@pytest.mark.parametrize("row, task, message", [
-    ({"prompt": "x"}, "exact", "line 1: field raw_answers is None; a list of strings"),
-    ({"prompt": "x", "raw_answers": []}, "exact", "line 1: field raw_answers is"),
-    ({"raw_answers": ["x"]}, "exact", "line 1: field prompt is None"),
-    ({"prompt": "x", "raw_answers": ["free text"]}, "intent", r"line 1: field raw_answers\[0\] is 'free text'; JSON"),
-])
+@pytest.mark.parametrize(
+    "row, task, message",
+    [
+        ({"prompt": "x"}, "exact", "line 1: field raw_answers is None; a list of strings"),
+        ({"prompt": "x", "raw_answers": []}, "exact", "line 1: field raw_answers is"),
+        ({"raw_answers": ["x"]}, "exact", "line 1: field prompt is None"),
+        (
+            {"prompt": "x", "raw_answers": ["free text"]},
+            "intent",
+            r"line 1: field raw_answers\[0\] is 'free text'; JSON",
+        ),
+    ],
+)
 def test_bad_rows(row, task, message, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=f"bad.jsonl: {message}"):

@@ -1,4 +1,5 @@
-"""The model against transformers' DeepseekV2ForCausalLM, its two expert paths, its cache, freezing, adapters."""
+"""The model against transformers' DeepseekV2ForCausalLM, its two expert paths, its cache, freezing,
+adapters."""
 
 import json
 
@@ -7,14 +8,31 @@ import torch
 from conftest import random_config, save_with_transformers
 from safetensors.torch import load_file, save_file
 
-from model import (Cache, Gate, ModelConfig, MoE, build_model, everything, load_adapter, load_model,
-                   mark_trainable, merge, put_tensors, rope_table, save_adapter, trained_parameters)
+from model import (
+    Cache,
+    Gate,
+    ModelConfig,
+    MoE,
+    build_model,
+    everything,
+    load_adapter,
+    load_model,
+    mark_trainable,
+    merge,
+    put_tensors,
+    rope_table,
+    save_adapter,
+    trained_parameters,
+)
 
-TOKENS = torch.randint(0, 90, (2, 70), generator=torch.Generator().manual_seed(0))  # longer than YaRN's 64
+TOKENS = torch.randint(
+    0, 90, (2, 70), generator=torch.Generator().manual_seed(0)
+)  # longer than YaRN's 64
 
 
 def oracle_gradients(oracle) -> dict[str, torch.Tensor]:
-    """transformers holds the experts of a layer in one tensor; cut it into the checkpoint's names."""
+    """transformers holds the experts of a layer in one tensor; cut it into the checkpoint's
+    names."""
     gradients = {}
     for name, parameter in oracle.named_parameters():
         if name.endswith("experts.gate_up_proj"):
@@ -50,8 +68,12 @@ def test_logits_and_gradients_equal_transformers(seed, tmp_path):
 
 def test_the_twelve_configs_cover_every_branch():
     configs = [random_config(seed) for seed in range(12)]
-    for field, values in {"q_lora_rank": {None, 12}, "topk_method": {"greedy", "group_limited_greedy"},
-                          "attention_bias": {True, False}, "first_k_dense_replace": {0, 1, 2}}.items():
+    for field, values in {
+        "q_lora_rank": {None, 12},
+        "topk_method": {"greedy", "group_limited_greedy"},
+        "attention_bias": {True, False},
+        "first_k_dense_replace": {0, 1, 2},
+    }.items():
         assert {config[field] for config in configs} == values
     assert {"rope_parameters" in config for config in configs} == {True, False}
 
@@ -104,8 +126,11 @@ def test_loop_and_grouped_agree(routing, trained):
     config, models = small_moe()
     x = torch.randn(1 if routing == "one token" else 20, config.hidden_size)
     K = config.num_experts_per_tok
-    indices = torch.rand(len(x), 8).topk(K, -1).indices if routing != "one expert" else \
-        torch.arange(3, 3 + K).expand(len(x), K)  # most experts see no token
+    indices = (
+        torch.rand(len(x), 8).topk(K, -1).indices
+        if routing != "one expert"
+        else torch.arange(3, 3 + K).expand(len(x), K)
+    )  # most experts see no token
     weights = torch.rand(len(x), K)
     results = []
     for model in models:
@@ -115,7 +140,11 @@ def test_loop_and_grouped_agree(routing, trained):
         y = moe.run_experts(moe, *inputs, indices)
         y.sin().sum().backward()
         gradients = [p.grad for e in trained for p in moe.experts[e].parameters()]
-        assert all(p.grad is None for e in set(range(8)) - set(trained) for p in moe.experts[e].parameters())
+        assert all(
+            p.grad is None
+            for e in set(range(8)) - set(trained)
+            for p in moe.experts[e].parameters()
+        )
         results.append([y, inputs[0].grad, inputs[1].grad, *gradients])
     for ours, specified in zip(*results, strict=True):
         assert (ours - specified).abs().max() <= 1e-5 * specified.abs().max()
@@ -126,17 +155,26 @@ def test_experts_stay_views_of_their_stack_when_the_model_moves():
     mark_trainable(model, {"experts": {"1": [2]}})
     moe: MoE = model.to(torch.bfloat16).model.layers[1].mlp
     assert moe.gate_up.dtype == torch.bfloat16
-    assert moe.experts[2].up_proj.weight.requires_grad and not moe.experts[3].up_proj.weight.requires_grad
+    assert (
+        moe.experts[2].up_proj.weight.requires_grad
+        and not moe.experts[3].up_proj.weight.requires_grad
+    )
     with torch.no_grad():
         moe.experts[2].up_proj.weight.fill_(7.0)
         moe.experts[2].down_proj.weight.fill_(8.0)
     I = config.moe_intermediate_size
-    assert (moe.gate_up[2, I:] == 7).all() and (moe.gate_up[2, :I] != 7).any() and (moe.down[2] == 8).all()
+    assert (
+        (moe.gate_up[2, I:] == 7).all()
+        and (moe.gate_up[2, :I] != 7).any()
+        and (moe.down[2] == 8).all()
+    )
 
 
 def gate_of(scores, **changes):
     """A gate whose softmax scores for a one-hot input are exactly `scores`."""
-    fields = dict(n_routed_experts=len(scores), hidden_size=1, num_experts_per_tok=2, topk_method="greedy")
+    fields = dict(
+        n_routed_experts=len(scores), hidden_size=1, num_experts_per_tok=2, topk_method="greedy"
+    )
     gate = Gate(small_config(**{**fields, **changes}))
     gate.weight.data = torch.tensor(scores).log()[:, None]
     weights, indices, _ = gate(torch.ones(1, 1))
@@ -146,17 +184,31 @@ def gate_of(scores, **changes):
 def test_gate_by_hand():
     scores = [0.30, 0.05, 0.25, 0.20, 0.01, 0.19]
     assert gate_of(scores, routed_scaling_factor=2.0) == [
-        (0, pytest.approx(0.6)), (2, pytest.approx(0.5))]  # the two highest, scaled
+        (0, pytest.approx(0.6)),
+        (2, pytest.approx(0.5)),
+    ]  # the two highest, scaled
     assert gate_of(scores, norm_topk_prob=True, routed_scaling_factor=2.0) == [
-        (0, pytest.approx(0.30 / 0.55)), (2, pytest.approx(0.25 / 0.55))]  # normalised instead of scaled
-    assert gate_of(scores, topk_method="group_limited_greedy", n_group=3, topk_group=1, routed_scaling_factor=1.0) == [
-        (0, pytest.approx(0.30)), (1, pytest.approx(0.05))]  # the group of the best expert, and only it
+        (0, pytest.approx(0.30 / 0.55)),
+        (2, pytest.approx(0.25 / 0.55)),
+    ]  # normalised instead of scaled
+    assert gate_of(
+        scores,
+        topk_method="group_limited_greedy",
+        n_group=3,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+    ) == [
+        (0, pytest.approx(0.30)),
+        (1, pytest.approx(0.05)),
+    ]  # the group of the best expert, and only it
 
 
 def test_balance_loss_by_hand():
     config, (model,) = small_moe(["loop"], n_routed_experts=2, num_experts_per_tok=1)
     moe = model.model.layers[1].mlp
-    scores = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6], [0.4, 0.6]])  # two rows of two tokens
+    scores = torch.tensor(
+        [[0.9, 0.1], [0.7, 0.3], [0.4, 0.6], [0.4, 0.6]]
+    )  # two rows of two tokens
     indices = torch.tensor([[0], [0], [0], [1]])
     # Row 0: f = (2, 0), P = (0.8, 0.2). Row 1: f = (1, 1), P = (0.4, 0.6).
     torch.testing.assert_close(moe.balance_loss(scores, indices, 2), torch.tensor([1.6, 1.0]))
@@ -169,13 +221,19 @@ def test_mark_trainable_counts():
     cfg = {"experts": {"1": [0, 5], "2": []}, "shared_experts": False, "non_expert_modules": False}
     mark_trainable(model, cfg)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        f"model.layers.1.mlp.experts.{e}.{p}_proj.weight" for e in (0, 5) for p in ("gate", "up", "down")}
+        f"model.layers.1.mlp.experts.{e}.{p}_proj.weight"
+        for e in (0, 5)
+        for p in ("gate", "up", "down")
+    }
     mark_trainable(model, {**cfg, "shared_experts": True})
     assert sum(".shared_experts." in n for n, p in model.named_parameters() if p.requires_grad) == 6
     mark_trainable(model, {**cfg, "non_expert_modules": True})
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert "lm_head.weight" in trained and "model.layers.1.mlp.gate.weight" in trained
-    assert not any(".shared_experts." in n for n in trained) and sum(".experts." in n for n in trained) == 6
+    assert (
+        not any(".shared_experts." in n for n in trained)
+        and sum(".experts." in n for n in trained) == 6
+    )
     mark_trainable(model, everything(config))
     assert all(p.requires_grad for p in model.parameters())
 
@@ -183,7 +241,10 @@ def test_mark_trainable_counts():
 def test_adapters_swap_and_leave_the_base_bit_identical(checkpoint, tmp_path):
     model = load_model(checkpoint)
     base = {name: p.clone() for name, p in model.named_parameters()}
-    configs = [{"experts": {"1": [0, 5], "2": [7]}}, {"experts": {"2": [1]}, "shared_experts": True}]
+    configs = [
+        {"experts": {"1": [0, 5], "2": [7]}},
+        {"experts": {"2": [1]}, "shared_experts": True},
+    ]
     for i, cfg in enumerate(configs):
         replaced = {name: p.clone() for name, p in trained_parameters(model, cfg).items()}
         put_tensors(model, {name: p + 1 for name, p in replaced.items()})
@@ -202,7 +263,10 @@ def test_version_1_adapter_names(checkpoint, tmp_path):
     model = load_model(checkpoint)
     cfg = {"experts": {"1": [3]}}
     tensors = {name: torch.full_like(p, 2.0) for name, p in trained_parameters(model, cfg).items()}
-    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, tmp_path / "old.safetensors")
+    save_file(
+        {name.removeprefix("model."): t for name, t in tensors.items()},
+        tmp_path / "old.safetensors",
+    )
     (tmp_path / "expert_cfg.json").write_text(json.dumps(cfg))
     load_adapter(model, tmp_path)
     assert (model.model.layers[1].mlp.experts[3].up_proj.weight == 2).all()
@@ -216,7 +280,11 @@ def test_merged_checkpoint_loads_in_transformers(checkpoint, tmp_path):
     put_tensors(model, {name: p * 1.5 for name, p in trained_parameters(model, cfg).items()})
     save_adapter(model, cfg, tmp_path / "adapter")
     merge(checkpoint, tmp_path / "adapter", tmp_path / "merged")
-    expected = DeepseekV2ForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()(TOKENS).logits
+    expected = (
+        DeepseekV2ForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        .eval()(TOKENS)
+        .logits
+    )
     assert (model(TOKENS) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (tmp_path / "merged" / "tokenizer.json").exists()
     with pytest.raises(FileExistsError, match="must be empty"):
@@ -225,28 +293,55 @@ def test_merged_checkpoint_loads_in_transformers(checkpoint, tmp_path):
 
 def test_published_v2_lite_has_its_parameters():
     config = ModelConfig(
-        model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-        num_hidden_layers=27, num_attention_heads=16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
-        first_k_dense_replace=1, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
-                          mscale=0.707, mscale_all_dim=0.707))
+        model_type="deepseek_v2",
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        rope_scaling=dict(
+            type="yarn",
+            factor=40,
+            original_max_position_embeddings=4096,
+            beta_fast=32,
+            beta_slow=1,
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        ),
+    )
     model = build_model(config, "meta")
     assert sum(p.numel() for p in model.parameters()) == 15_706_484_224
-    assert model.model.layers[0].self_attn.scale * 192 ** 0.5 == pytest.approx(1.59, abs=0.005)
+    assert model.model.layers[0].self_attn.scale * 192**0.5 == pytest.approx(1.59, abs=0.005)
     cos, _ = rope_table(config, torch.arange(3))
     assert cos[0, 0] == 1.0  # equal mscales cancel
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("model_type", "llama", "model_type is 'llama'; supported: 'deepseek_v2'"),
-    ("hidden_act", "gelu", "hidden_act is 'gelu'"),
-    ("num_experts_per_tok", 9, "num_experts_per_tok is 9; a token can reach only 8"),
-    ("hidden_size", "32", "hidden_size is '32'; must be an integer"),
-    ("rms_norm_eps", None, None),  # a null is the default
-    ("kv_lora_rank", None, "field kv_lora_rank is missing"),
-    ("rope_parameters", {"rope_type": "longrope"}, "rope_scaling: type is 'longrope'; supported"),
-    ("quantization_config", {"quant_method": "fp8"}, "quantization_config is"),
-])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("model_type", "llama", "model_type is 'llama'; supported: 'deepseek_v2'"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("num_experts_per_tok", 9, "num_experts_per_tok is 9; a token can reach only 8"),
+        ("hidden_size", "32", "hidden_size is '32'; must be an integer"),
+        ("rms_norm_eps", None, None),  # a null is the default
+        ("kv_lora_rank", None, "field kv_lora_rank is missing"),
+        (
+            "rope_parameters",
+            {"rope_type": "longrope"},
+            "rope_scaling: type is 'longrope'; supported",
+        ),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config is"),
+    ],
+)
 def test_unsupported_configs_are_refused_by_field(checkpoint, tmp_path, field, value, message):
     raw = {**json.loads((checkpoint / "config.json").read_text()), field: value}
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -277,13 +372,24 @@ def broken_copy(checkpoint, tmp_path, change):
     return tmp_path
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.update({"model.norm.weight": torch.ones(31)}),
-     r"model.safetensors: tensor model.norm.weight has shape \[31\]; the config asks for \[32\]"),
-    (lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
-    (lambda t: t.update({"model.extra": torch.ones(1)}), "do not belong to this config: model.extra"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "model.norm.weight is I64"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+            r"tensor model.norm.weight has shape \[31\]; the config asks for \[32\]",
+        ),
+        (lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
+        (
+            lambda t: t.update({"model.extra": torch.ones(1)}),
+            "do not belong to this config: model.extra",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}),
+            "model.norm.weight is I64",
+        ),
+    ],
+)
 def test_wrong_tensors_are_named(checkpoint, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_model(broken_copy(checkpoint, tmp_path, change))
@@ -307,13 +413,16 @@ def test_missing_and_truncated_shards_are_named(tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("expert_cfg, message", [
-    ({"experts": {"1": [8]}}, "layer 1 names expert 8; must be 0 to 7"),
-    ({"experts": {"0": [1]}}, "layer '0' is not a MoE layer"),
-    ({"experts": {"1": [2, 2]}}, "names an expert twice"),
-    ({"experts": [1]}, "must be"),
-    ({"experts": {}, "shared_experts": "no"}, "shared_experts is 'no'"),
-])
+@pytest.mark.parametrize(
+    "expert_cfg, message",
+    [
+        ({"experts": {"1": [8]}}, "layer 1 names expert 8; must be 0 to 7"),
+        ({"experts": {"0": [1]}}, "layer '0' is not a MoE layer"),
+        ({"experts": {"1": [2, 2]}}, "names an expert twice"),
+        ({"experts": [1]}, "must be"),
+        ({"experts": {}, "shared_experts": "no"}, "shared_experts is 'no'"),
+    ],
+)
 def test_bad_expert_cfg(checkpoint, expert_cfg, message):
     with pytest.raises(ValueError, match=message):
         mark_trainable(load_model(checkpoint), expert_cfg)
@@ -326,9 +435,10 @@ def test_bad_adapters_change_nothing(checkpoint, tmp_path):
     good = {name: torch.zeros_like(p) for name, p in trained_parameters(model, cfg).items()}
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     for tensors, message in (
-            ({n: t for n, t in good.items() if n != name}, "1 selected tensors are missing"),
-            ({**good, name: torch.zeros(3, 3)}, r"has shape \[3, 3\]"),
-            ({**good, "model.norm.weight": torch.zeros(32)}, "model.norm.weight is not selected")):
+        ({n: t for n, t in good.items() if n != name}, "1 selected tensors are missing"),
+        ({**good, name: torch.zeros(3, 3)}, r"has shape \[3, 3\]"),
+        ({**good, "model.norm.weight": torch.zeros(32)}, "model.norm.weight is not selected"),
+    ):
         save_file(tensors, tmp_path / "adapter.safetensors")
         (tmp_path / "expert_cfg.json").write_text(json.dumps(cfg))
         with pytest.raises(ValueError, match=message):

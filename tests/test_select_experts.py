@@ -34,10 +34,18 @@ class FixedGate(torch.nn.Module):
 @pytest.fixture
 def table_model(monkeypatch):
     """A model of one MoE layer whose gate reads the tokens themselves."""
-    config, (model,) = small_moe(["loop"], n_routed_experts=4, num_experts_per_tok=2, num_hidden_layers=1,
-                                 first_k_dense_replace=0, topk_method="greedy")
+    config, (model,) = small_moe(
+        ["loop"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        topk_method="greedy",
+    )
     model.model.layers[0].mlp.gate = FixedGate()
-    monkeypatch.setattr(model, "hidden_states", lambda tokens: model.model.layers[0].mlp.gate(tokens))
+    monkeypatch.setattr(
+        model, "hidden_states", lambda tokens: model.model.layers[0].mlp.gate(tokens)
+    )
     return model
 
 
@@ -49,14 +57,21 @@ def test_scores_by_hand_over_tokens(table_model):
     scores = collect_scores(table_model, BATCHES, "tokens")
     # four tokens: 1, 2, 3, 3; eight slots: expert 0 twice, 1 once, 2 three times, 3 twice
     assert scores["token_scores"]["0"] == {"0": 2 / 8, "1": 1 / 8, "2": 3 / 8, "3": 2 / 8}
-    expected = {"0": (0.5 + 0.6) / 4, "1": 0.3 / 4, "2": (0.2 + 0.4 + 0.4) / 4, "3": (0.3 + 0.3) / 4}
+    expected = {
+        "0": (0.5 + 0.6) / 4,
+        "1": 0.3 / 4,
+        "2": (0.2 + 0.4 + 0.4) / 4,
+        "3": (0.3 + 0.3) / 4,
+    }
     assert scores["gate_scores"]["0"] == pytest.approx(expected)
 
 
 def test_scores_by_hand_over_samples(table_model):
     scores = collect_scores(table_model, BATCHES, "samples")
     # A: slots (1/2, 1/2, 0, 0); B: (1/6, 0, 3/6, 2/6)
-    assert scores["token_scores"]["0"] == pytest.approx({"0": 1 / 3, "1": 1 / 4, "2": 1 / 4, "3": 1 / 6})
+    assert scores["token_scores"]["0"] == pytest.approx(
+        {"0": 1 / 3, "1": 1 / 4, "2": 1 / 4, "3": 1 / 6}
+    )
     expected = {"0": (0.5 + 0.6 / 3) / 2, "1": 0.3 / 2, "2": 1.0 / 3 / 2, "3": 0.6 / 3 / 2}
     assert scores["gate_scores"]["0"] == pytest.approx(expected)
 
@@ -67,7 +82,9 @@ def test_scores_do_not_depend_on_how_samples_are_batched(checkpoint):
     samples = [torch.randint(0, 250, (n,), generator=draw).tolist() for n in (3, 9, 5)]
     for average in ("tokens", "samples"):
         together = collect_scores(model, select_experts.scoring_batches(samples, 1), average)
-        alone = collect_scores(model, [(torch.tensor([s]), torch.tensor([len(s)])) for s in samples], average)
+        alone = collect_scores(
+            model, [(torch.tensor([s]), torch.tensor([len(s)])) for s in samples], average
+        )
         for name in together:
             assert together[name].keys() == {"1", "2"}  # layer 0 is dense
             for layer in together[name]:
@@ -82,14 +99,17 @@ def scores_of(*values):
     return {"token_scores": layer, "gate_scores": layer}
 
 
-@pytest.mark.parametrize("values, top_p, expected", [
-    ([0.1, 0.4, 0.2, 0.3], 0.4, [1]),
-    ([0.1, 0.4, 0.2, 0.3], 0.41, [1, 3]),
-    ([0.2, 0.3, 0.2, 0.3], 0.7, [1, 3, 0]),  # ties go to the lower id
-    ([0.1, 0.1, 0.1, 0.7], 0.9, [3, 0, 1]),
-    ([0.1] * 10, 0.3, [0, 1, 2]),  # 0.1 + 0.1 + 0.1 is not 0.3 in binary, yet three suffice
-    ([0.2, 0.1], 1.0, [0, 1]),  # gate scores need not sum to 1: all are taken
-])
+@pytest.mark.parametrize(
+    "values, top_p, expected",
+    [
+        ([0.1, 0.4, 0.2, 0.3], 0.4, [1]),
+        ([0.1, 0.4, 0.2, 0.3], 0.41, [1, 3]),
+        ([0.2, 0.3, 0.2, 0.3], 0.7, [1, 3, 0]),  # ties go to the lower id
+        ([0.1, 0.1, 0.1, 0.7], 0.9, [3, 0, 1]),
+        ([0.1] * 10, 0.3, [0, 1, 2]),  # 0.1 + 0.1 + 0.1 is not 0.3 in binary, yet three suffice
+        ([0.2, 0.1], 1.0, [0, 1]),  # gate scores need not sum to 1: all are taken
+    ],
+)
 def test_selection_by_hand(values, top_p, expected):
     assert select(scores_of(*values), "token", top_p) == {"1": expected}
 
@@ -98,8 +118,16 @@ def test_selection_by_hand(values, top_p, expected):
 @pytest.mark.parametrize("task, total", [("intent", 124), ("translation", 83)])
 def test_published_selections(task, total, tmp_path, monkeypatch, capsys):
     output = tmp_path / "expert_cfg.json"
-    monkeypatch.setattr("sys.argv", ["select_experts.py", "--scores", str(SHARED / f"esft/scores_{task}.json"),
-                                     "--output", str(output)])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "select_experts.py",
+            "--scores",
+            str(SHARED / f"esft/scores_{task}.json"),
+            "--output",
+            str(output),
+        ],
+    )
     select_experts.main()
     published = json.loads((SHARED / f"esft/expert_cfg_{task}.json").read_text())
     mine = json.loads(output.read_text())
@@ -116,10 +144,32 @@ def test_random_selection_has_the_same_number_in_every_layer():
 
 def test_command_line_from_a_model(checkpoint, chat_file, tmp_path, monkeypatch, capsys):
     output = tmp_path / "cfg.json"
-    arguments = ["select_experts.py", "--output", str(output), "--score", "gate", "--average", "samples", "--top_p", "0.15",
-                 "--shared_experts"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--model", str(checkpoint), "--data", str(chat_file),
-                                     "--dtype", "float32", "--plot", str(tmp_path / "scores.png")])
+    arguments = [
+        "select_experts.py",
+        "--output",
+        str(output),
+        "--score",
+        "gate",
+        "--average",
+        "samples",
+        "--top_p",
+        "0.15",
+        "--shared_experts",
+    ]
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            *arguments,
+            "--model",
+            str(checkpoint),
+            "--data",
+            str(chat_file),
+            "--dtype",
+            "float32",
+            "--plot",
+            str(tmp_path / "scores.png"),
+        ],
+    )
     select_experts.main()
     first = json.loads(output.read_text())
     assert first["shared_experts"] and not first["non_expert_modules"]
@@ -132,11 +182,17 @@ def test_command_line_from_a_model(checkpoint, chat_file, tmp_path, monkeypatch,
     assert json.loads(output.read_text()) == first
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--scores", "x.json", "--output", "o", "--top_p", "0"], "--top_p is 0.0; must be above 0 and at most 1"),
-    (["--scores", "x.json", "--output", "o", "--top_p", "2"], "--top_p is 2.0"),
-    (["--model", "m", "--output", "o"], "--model needs --data"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--scores", "x.json", "--output", "o", "--top_p", "0"],
+            "--top_p is 0.0; must be above 0 and at most 1",
+        ),
+        (["--scores", "x.json", "--output", "o", "--top_p", "2"], "--top_p is 2.0"),
+        (["--model", "m", "--output", "o"], "--model needs --data"),
+    ],
+)
 def test_impossible_arguments(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["select_experts.py", *arguments])
     with pytest.raises(SystemExit):
@@ -146,7 +202,10 @@ def test_impossible_arguments(arguments, message, monkeypatch, capsys):
 
 def test_bad_score_files(tmp_path):
     path = tmp_path / "scores.json"
-    for value, message in (({}, "field token_scores"), ({"token_scores": {"1": {"0": "high"}}}, "layer '1'")):
+    for value, message in (
+        ({}, "field token_scores"),
+        ({"token_scores": {"1": {"0": "high"}}}, "layer '1'"),
+    ):
         path.write_text(json.dumps(value))
         with pytest.raises(ValueError, match=f"scores.json: .*{message}"):
             read_scores(path)

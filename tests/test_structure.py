@@ -1,12 +1,18 @@
-"""The files keep to their place: imports go one way, and at run time only the listed packages are used."""
+"""The files keep to their place: imports go one way, and at run time only the listed packages are
+used."""
 
 import ast
 import sys
 
 from conftest import ROOT
 
-LOCAL = {"model": set(), "data": set(), "select_experts": {"model", "data"}, "eval": {"model", "data"},
-         "train": {"model", "data", "select_experts", "eval"}}
+LOCAL = {
+    "model": set(),
+    "data": set(),
+    "select_experts": {"model", "data"},
+    "eval": {"model", "data"},
+    "train": {"model", "data", "select_experts", "eval"},
+}
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "matplotlib"}
 
 
@@ -24,7 +30,11 @@ def test_imports_go_one_way():
 
 def test_only_the_listed_packages_are_imported():
     for name in LOCAL:
-        outside = {module.split(".")[0] for module in imports(name)} - set(sys.stdlib_module_names) - set(LOCAL)
+        outside = (
+            {module.split(".")[0] for module in imports(name)}
+            - set(sys.stdlib_module_names)
+            - set(LOCAL)
+        )
         assert outside <= PACKAGES
     listed = (ROOT / "requirements.txt").read_text()
     assert all(package in listed for package in PACKAGES - {"matplotlib"})
