@@ -25,7 +25,7 @@ from data import (
     read_rows,
     text_field,
 )
-from model import Cache, Transformer, load_model, replacing, token_losses
+from model import Cache, Transformer, choose_dtype, load_model, replacing, token_losses
 
 # ------------------------------------------------------------------------------------------
 # Decoding
@@ -300,7 +300,12 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, help="only the first so many rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="",
+        help="(default: bfloat16 on a GPU, float32 on a CPU)",
+    )
     args = parser.parse_args()
     if args.model and not (args.data and args.output):
         parser.error("--model needs --data and --output")
@@ -316,7 +321,9 @@ def main() -> None:
         else:
             tokenizer = load_tokenizer(args.model)
             check_file(args.task, args.data, tokenizer)
-            model = load_model(args.model, args.device, getattr(torch, args.dtype), args.adapter)
+            model = load_model(
+                args.model, args.device, choose_dtype(args.dtype, args.device), args.adapter
+            )
             result = evaluate(
                 model,
                 tokenizer,

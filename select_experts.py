@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import by_length, encode_file, load_tokenizer, pad, sample_tokens
-from model import MoE, Transformer, load_model, read_json, write_json
+from model import MoE, Transformer, choose_dtype, load_model, read_json, write_json
 
 SCORES = ("token", "gate")
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -257,7 +257,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="",
+        help="(default: bfloat16 on a GPU, float32 on a CPU)",
+    )
     parser.add_argument(
         "--plot", metavar="FILE.png", help="draw the scores as a heat map (needs matplotlib)"
     )
@@ -274,7 +279,7 @@ def main() -> None:
         else:
             tokenizer = load_tokenizer(args.model)
             samples = encode_file(args.data, tokenizer)
-            model = load_model(args.model, args.device, getattr(torch, args.dtype))
+            model = load_model(args.model, args.device, choose_dtype(args.dtype, args.device))
             drawn = sample_tokens(samples, args.n_sample_tokens, args.seq_length, args.seed)
             scores = collect_scores(model, scoring_batches(drawn, tokenizer.eos_id), args.average)
             wrote.append(str(Path(args.output).with_suffix(".scores.json")))

@@ -36,6 +36,7 @@ from model import (
     EXPERT_PATHS,
     ModelConfig,
     Transformer,
+    choose_dtype,
     everything,
     load_adapter,
     load_model,
@@ -125,7 +126,9 @@ class TrainConfig:
     seed: int = key(0, "of sampling, packing, order and random selection")
     device: str = key("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     dtype: str = key(
-        "bfloat16", "of weights and activations: bfloat16 or float32; the optimizer's are float32"
+        "",
+        "of weights and activations: bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a "
+        "CPU); the optimizer's are float32",
     )
     experts: str = key("auto", "auto, loop (the readable specification) or grouped (the fast path)")
     gradient_checkpointing: bool = key(
@@ -160,7 +163,7 @@ class TrainConfig:
             "selection": ("highest", "random"),
             "average": ("tokens", "samples"),
             "schedule": ("constant", "linear", "cosine"),
-            "dtype": ("bfloat16", "float32"),
+            "dtype": ("", "bfloat16", "float32"),
             "experts": ("auto", *EXPERT_PATHS),
         }
         for name, allowed in choices.items():
@@ -221,6 +224,8 @@ class TrainConfig:
                 )
         if not self.device:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not self.dtype:
+            self.dtype = str(choose_dtype("", self.device)).removeprefix("torch.")
 
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:

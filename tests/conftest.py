@@ -40,7 +40,7 @@ def random_config(seed: int) -> dict:
         v_head_dim=draw.choice([8, 12]),
         attention_bias=seed % 3 == 1,
         routed_scaling_factor=draw.choice([1.0, 2.5]),
-        rms_norm_eps=draw.choice([1e-6, 1e-5]),
+        rms_norm_eps=draw.choice([1e-6, 0.1]),
         max_position_embeddings=256,
         topk_method="greedy",
         norm_topk_prob=False,

@@ -203,6 +203,31 @@ def test_gate_by_hand():
     ]  # the group of the best expert, and only it
 
 
+def test_gate_decides_in_float32():
+    """Two experts whose logits differ by less than bfloat16 can hold keep their order."""
+    gate = Gate(
+        small_config(n_routed_experts=2, hidden_size=2, num_experts_per_tok=1, topk_method="greedy")
+    )
+    gate.weight.data = torch.tensor([[1.0, 0.0], [1.0, 0.0078125]], dtype=torch.bfloat16)
+    _, indices, scores = gate(torch.tensor([[8.0, 1.0]], dtype=torch.bfloat16))
+    assert indices.item() == 1 and scores.dtype == torch.float32
+
+
+def test_which_layers_are_moe():
+    config = small_config(num_hidden_layers=6, first_k_dense_replace=1, moe_layer_freq=2)
+    model = build_model(config, "meta")
+    moe = [i for i, block in enumerate(model.model.layers) if isinstance(block.mlp, MoE)]
+    assert moe == config.moe_layers == [2, 4]
+
+
+def test_tied_embeddings_equal_transformers(tmp_path):
+    oracle = save_with_transformers(tmp_path, seed=1, tie_word_embeddings=True)
+    model = load_model(tmp_path, dtype=torch.float32)
+    expected = oracle(TOKENS).logits
+    assert (model(TOKENS) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert model.to(torch.bfloat16).lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_balance_loss_by_hand():
     config, (model,) = small_moe(["loop"], n_routed_experts=2, num_experts_per_tok=1)
     moe = model.model.layers[1].mlp
