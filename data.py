@@ -53,10 +53,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer file: {error}") from None
     inner.no_padding()
     inner.no_truncation()
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_path}: not valid JSON: {error}") from None
+    config = parse_json(config_path.read_text(encoding="utf-8"), str(config_path))
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: must be a JSON object")
     ids = []
     for field in ("bos_token", "eos_token"):
         token = config.get(field)
@@ -67,11 +66,27 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
                 f"{config_path}: {field} is {config.get(field)!r}; must be a token of {path.name}"
             )
         ids.append(number)
+    model_config = directory / "config.json"
+    if model_config.is_file():
+        size = parse_json(model_config.read_text(encoding="utf-8"), str(model_config))["vocab_size"]
+        if inner.get_vocab_size() > size:
+            raise ValueError(f"{path}: has {inner.get_vocab_size()} tokens; vocab_size is {size}")
     return Tokenizer(inner, *ids)
 
 
 # ------------------------------------------------------------------------------------------
 # Rows
+
+
+def parse_json(text: str, where: str):
+    """The value of a JSON text. Raises ValueError that starts with `where`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}: " if error.lineno > 1 else ""
+        raise ValueError(f"{where}: {line}not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
@@ -82,22 +97,14 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from None
     if text.lstrip().startswith("["):
-        try:
-            rows = [(f"{path}: row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
+        rows = [(f"{path}: row {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
     else:
-        rows = []
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append((f"{path}: line {i}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}: line {i}: not valid JSON: {error.msg}") from None
+        lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1)]
+        rows = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{path}: the file is empty; at least one row is required")
     for where, row in rows:
@@ -106,8 +113,13 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     return rows
 
 
+def is_text(value) -> bool:
+    """Whether a value is a string that can be written; JSON can carry half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def text_field(row: dict, field: str, where: str) -> str:
-    if not isinstance(row.get(field), str):
+    if not is_text(row.get(field)):
         raise ValueError(f"{where}: field {field} is {row.get(field)!r:.60}; a string is required")
     return row[field]
 
@@ -134,6 +146,8 @@ def chat_pieces(messages: list[dict], where: str = "messages") -> list[tuple[str
         elif role == "assistant":
             if not content:
                 raise ValueError(f"{here}: field content is empty; an answer is required")
+            if message.get("mask", 0) not in (0, 1):
+                raise ValueError(f"{here}: field mask is {message['mask']!r}; must be 0 or 1")
             pieces.append((f" {content}", True, message.get("mask", 0) != 1))
         else:
             raise ValueError(f"{here}: field role is {role!r}; must be user or assistant")

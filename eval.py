@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from data import (
     IGNORE,
+    Sample,
     Tokenizer,
     by_length,
     encode_file,
+    is_text,
     load_tokenizer,
     pad,
     read_rows,
@@ -139,24 +141,33 @@ def read_examples(path: str | Path, task: str) -> list[dict]:
 
 def example_fields(row: dict, where: str, task: str) -> dict:
     answers = row.get("raw_answers")
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+    if not isinstance(answers, list) or not answers or not all(map(is_text, answers)):
         raise ValueError(
             f"{where}: field raw_answers is {answers!r:.60}; a list of strings is required"
         )
     if task == "intent":
         try:
-            json.loads(answers[0])["intent"]
-        except (ValueError, TypeError, KeyError):
+            json.loads(answers[0])["slots"].items()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(
                 f"{where}: field raw_answers[0] is {answers[0]!r:.60}; "
-                'JSON with "intent" is required'
+                'JSON with an object "slots" is required'
             ) from None
     return {"prompt": text_field(row, "prompt", where), "raw_answers": answers}
 
 
+def read_loss_samples(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
+    """The samples of a chat file. Raises ValueError for one without an answer that counts."""
+    samples = encode_file(path, tokenizer)
+    for i, (_, labels) in enumerate(samples, 1):
+        if not any(label >= 0 for label in labels[1:]):
+            raise ValueError(f"{path}: row {i} has no answer to score; every one is masked")
+    return samples
+
+
 def check_file(task: str, path: str | Path, tokenizer: Tokenizer) -> None:
     """Raises what evaluating `path` would raise over its rows, without a model."""
-    encode_file(path, tokenizer) if TASKS[task] is None else read_examples(path, task)
+    read_loss_samples(path, tokenizer) if TASKS[task] is None else read_examples(path, task)
 
 
 @dataclass
@@ -217,7 +228,7 @@ def evaluate_loss(
 ) -> Result:
     """Mean cross-entropy over the answers' tokens of a chat file; a record's score is its sample's
     mean."""
-    samples = encode_file(path, tokenizer)[:limit]
+    samples = read_loss_samples(path, tokenizer)[:limit]
     records: list[dict] = [{} for _ in samples]
     total, count = 0.0, 0
     for group in by_length([len(ids) for ids, _ in samples], max_tokens):
@@ -237,6 +248,13 @@ def evaluate_loss(
             }
             total, count = total + part.sum().item(), count + len(answer)
     return Result(total / count, count, "tokens", records)
+
+
+def check_output_file(path: str | Path) -> None:
+    """Raises OSError if `path` cannot become a file: better before the work than after it."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: is a directory; a file name is required")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_records(path: str | Path, records: list[dict]) -> None:
@@ -265,10 +283,11 @@ def rescore(path: str | Path, task: str) -> tuple[Result, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description=(
             "Evaluate a checkpoint, with or without an adapter, on a task; or score saved "
             "completions again."
-        )
+        ),
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="checkpoint directory")
@@ -309,40 +328,33 @@ def main() -> None:
     args = parser.parse_args()
     if args.model and not (args.data and args.output):
         parser.error("--model needs --data and --output")
-    if args.rescore and TASKS[args.task] is None:
-        parser.error("--rescore scores completions; loss has none")
+    if args.rescore and (TASKS[args.task] is None or args.limit):
+        parser.error("--rescore takes no --limit, and no task loss, which has no completions")
     for name in ("max_new_tokens", "batch_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; must be at least 1")
     try:
+        if args.output:
+            check_output_file(args.output)
         if args.rescore:
             result, equal = rescore(args.rescore, args.task)
         else:
             tokenizer = load_tokenizer(args.model)
             check_file(args.task, args.data, tokenizer)
-            model = load_model(
-                args.model, args.device, choose_dtype(args.dtype, args.device), args.adapter
-            )
-            result = evaluate(
-                model,
-                tokenizer,
-                args.task,
-                args.data,
-                args.max_new_tokens,
-                args.batch_size,
-                args.limit,
-            )
+            dtype = choose_dtype(args.dtype, args.device)
+            model = load_model(args.model, args.device, dtype, args.adapter)
+            sizes = args.max_new_tokens, args.batch_size, args.limit
+            result = evaluate(model, tokenizer, args.task, args.data, *sizes)
+        if args.output:
+            write_records(args.output, result.records)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(
-        f"{args.task}: {result.mean:.4f} over {result.count} {result.unit}"
-        + (f" (perplexity {math.exp(result.mean):.3f})" if args.task == "loss" else "")
-    )
+    perplexity = f" (perplexity {math.exp(result.mean):.3f})" if args.task == "loss" else ""
+    print(f"{args.task}: {result.mean:.4f} over {result.count} {result.unit}{perplexity}")
     if args.rescore:
         print(f"{equal} of {result.count} scores equal the saved ones")
     if args.output:
-        write_records(args.output, result.records)
         print(f"wrote {args.output}")
         if args.task != "loss":
             print(f"next: python eval.py --rescore {args.output} --task {args.task}")

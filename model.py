@@ -80,8 +80,11 @@ class ModelConfig:
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: must hold a JSON object, found {type(raw).__name__}")
         rope = raw.get("rope_parameters")
-        if isinstance(rope, dict):  # transformers 5 moved rope_theta and rope_scaling in here
-            raw = {"rope_theta": rope.get("rope_theta", 10000.0), **raw, "rope_scaling": rope}
+        if rope is not None:  # transformers 5 moved rope_theta and rope_scaling in here
+            if not isinstance(rope, dict):
+                raise ValueError(f"{path}: rope_parameters is {rope!r}; must be an object")
+            theta = rope.get("rope_theta") if raw.get("rope_theta") is None else raw["rope_theta"]
+            raw = {**raw, "rope_theta": theta, "rope_scaling": rope}
         given = {
             field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None
         }
@@ -103,7 +106,7 @@ class ModelConfig:
             "scoring_func": ("softmax",),
             "hidden_act": ("silu",),
             "mlp_bias": (False,),
-            "attention_dropout": (0, None),
+            "attention_dropout": (0,),
             "quantization_config": (None,),
         }
         for name, values in supported.items():
@@ -114,9 +117,9 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is int or (field.type == int | None and value is not None):
                 least = 0 if field.name == "first_k_dense_replace" else 1
-                if type(value) is not int or value < least:
+                if type(value) is not int or not least <= value <= 2**24:
                     raise ValueError(
-                        f"{field.name} is {value!r}; must be an integer of at least {least}"
+                        f"{field.name} is {value!r}; must be an integer from {least} to 2^24"
                     )
             elif field.type is float and (
                 type(value) not in (int, float) or not math.isfinite(value)
@@ -124,6 +127,11 @@ class ModelConfig:
                 raise ValueError(f"{field.name} is {value!r}; must be a finite number")
             elif field.type is bool and type(value) is not bool:
                 raise ValueError(f"{field.name} is {value!r}; must be true or false")
+        if self.rms_norm_eps < 0 or self.rope_theta <= 1:
+            raise ValueError(
+                f"rms_norm_eps is {self.rms_norm_eps} and rope_theta is {self.rope_theta}; "
+                "must be at least 0 and above 1"
+            )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; must be even")
         reachable = self.n_routed_experts
@@ -150,11 +158,25 @@ class ModelConfig:
             kind = rope.get("rope_type", rope.get("type"))
             if kind not in ("default", "yarn"):
                 raise ValueError(f"rope_scaling: type is {kind!r}; supported: 'default', 'yarn'")
-            for key in ("factor", "original_max_position_embeddings") if kind == "yarn" else ():
-                if type(rope.get(key)) not in (int, float) or rope[key] <= 0:
-                    raise ValueError(
-                        f"rope_scaling: {key} is {rope.get(key)!r}; must be a positive number"
-                    )
+            if kind == "yarn":
+                numbers = {"factor": 1, "original_max_position_embeddings": 1}
+                numbers |= {
+                    key: 0
+                    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+                    if key in rope
+                }
+                for key, least in numbers.items():
+                    value = rope.get(key)
+                    if type(value) not in (int, float) or not least <= value < math.inf:
+                        raise ValueError(
+                            f"rope_scaling: {key} is {value!r}; must be a number from {least}"
+                        )
+                if rope.get("attention_factor") is not None:
+                    raise ValueError("rope_scaling: attention_factor is not supported")
+
+    @property
+    def normalises_gates(self) -> bool:
+        return self.norm_topk_prob and self.num_experts_per_tok > 1
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
@@ -373,7 +395,7 @@ class Gate(nn.Module):
             choice = groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
         indices = choice.topk(c.num_experts_per_tok, -1).indices
         weights = scores.gather(1, indices)
-        if c.norm_topk_prob and c.num_experts_per_tok > 1:  # normalised or scaled, as V2's own code
+        if c.normalises_gates:  # normalised or scaled, as V2's own code
             weights = weights / weights.sum(-1, keepdim=True)
         else:
             weights = weights * c.routed_scaling_factor
@@ -484,7 +506,7 @@ class MoE(nn.Module):
 
     Each expert keeps its own parameters under the checkpoint's names, so that it can be frozen or
     trained alone; their memory is two stacks, gate_up (E, 2I, D) and down (E, D, I), for the
-    grouped path."""
+    grouped path. copy.deepcopy would part them: load the model again instead."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -661,7 +683,7 @@ def read_json(path: str | Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
@@ -695,7 +717,8 @@ def tensor_files(directory: str | Path) -> dict[str, Path]:
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: field weight_map must map tensor names to files")
         for name, file in weight_map.items():
@@ -744,6 +767,15 @@ def build_model(
     return model
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is none, or is not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {device!r}; not available here: {reason}") from None
+
+
 def choose_dtype(name: str, device: str) -> torch.dtype:
     """The dtype of that name; where it is empty, bfloat16 on a GPU and float32 on a CPU, which sets
     up a bfloat16 product anew for every number of rows and takes ten times as long."""
@@ -763,6 +795,7 @@ def load_model(
     once, straight to its place. Raises FileNotFoundError and ValueError that name file, tensor and
     shape."""
     path = Path(path)
+    check_device(device)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint directory")
     config = ModelConfig.from_json(path / "config.json")
@@ -925,7 +958,15 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> dict[str, Tensor
                     raise ValueError(
                         f"{path}: tensor {stored} is not selected by {directory}/expert_cfg.json"
                     )
+                if name in tensors:
+                    raise ValueError(
+                        f"{path}: tensor {stored} is in another file of {directory}, too"
+                    )
                 tensor = file.get_tensor(stored)
+                if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                    raise ValueError(
+                        f"{path}: tensor {stored} is {tensor.dtype}; a float is required"
+                    )
                 if tensor.shape != expected[name]:
                     raise ValueError(
                         f"{path}: tensor {stored} has shape {list(tensor.shape)}; "
@@ -960,26 +1001,31 @@ def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
     """Writes `base` with the adapter's tensors in place as a complete checkpoint, file by file, in
-    the base's dtypes. Config and tokenizer are copied; code is not."""
+    the base's dtypes. Config and tokenizer are copied; code is not. `output` appears when whole."""
     base, output = Path(base), Path(output)
     config = ModelConfig.from_json(base / "config.json")
     tensors = read_adapter(adapter, config)
+    files = tensor_files(base)
+    if missing := sorted(tensors.keys() - files.keys()):
+        raise ValueError(
+            f"{base}: {len(missing)} of the adapter's tensors are missing: {missing[0]}"
+        )
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output}: must be empty or not exist")
-    output.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(
-        sorted(set(tensor_files(base).values())), desc="merge", unit="file", disable=None
-    ):
+    part = output.with_name(f".{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for path in tqdm(sorted(set(files.values())), desc="merge", unit="file", disable=None):
         with open_tensors(path) as file:
             merged = {name: file.get_tensor(name) for name in file.keys()}
-        merged |= {
-            name: tensors[name].to(old.dtype) for name, old in merged.items() if name in tensors
-        }
-        with replacing(output / path.name) as part:
-            save_file(merged, part, metadata={"format": "pt"})
+        for name in merged.keys() & tensors.keys():
+            merged[name] = tensors[name].to(merged[name].dtype)
+        with replacing(part / path.name) as target:
+            save_file(merged, target, metadata={"format": "pt"})
     for path in sorted(base.iterdir()):
         if path.suffix in (".json", ".jinja", ".txt", ".model") or path.name.startswith("LICENSE"):
-            shutil.copyfile(path, output / path.name)
+            shutil.copyfile(path, part / path.name)
+    os.replace(part, output)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data import by_length, encode_file, load_tokenizer, pad, sample_tokens
 from model import MoE, Transformer, choose_dtype, load_model, read_json, write_json
 
-SCORES = ("token", "gate")
+DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}  # the paper's, for each score
 Scores = dict[str, dict[str, dict[str, float]]]
 
 
@@ -46,10 +46,8 @@ def collect_scores(
 
     def record(layer: int):
         def hook(gate, inputs, outputs):
-            _, indices, scores = outputs  # (N, K), (N, E)
-            gates = scores.gather(1, indices)
-            if config.norm_topk_prob:
-                gates = gates / gates.sum(-1, keepdim=True)
+            weights, indices, _ = outputs  # (N, K)
+            gates = weights if config.normalises_gates else weights / config.routed_scaling_factor
             ratios = torch.full_like(gates, 1 / config.num_experts_per_tok)
             both = torch.stack([ratios, gates]).double() * valid[:, None]  # (2, N, K)
             both = both * per_row[:, None]
@@ -84,7 +82,7 @@ def collect_scores(
 def select(scores: Scores, score: str, top_p: float) -> dict[str, list[int]]:
     """Layer -> the smallest set of highest-scored experts whose scores sum to at least `top_p`,
     listed from the highest score down; of equal scores the lower id comes first (ESFT, eq. 7)."""
-    if score not in SCORES:
+    if score not in DEFAULT_TOP_P:
         raise ValueError(f"score is {score!r}; must be token or gate")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; must be above 0 and at most 1")
@@ -123,17 +121,17 @@ def read_scores(path: str | Path) -> Scores:
         layers = scores.get(name) if isinstance(scores, dict) else None
         if not isinstance(layers, dict) or not layers:
             raise ValueError(f'{path}: field {name} must be {{"LAYER": {{"EXPERT": SCORE}}}}')
+        experts = next(iter(layers.values()))
         for layer, values in layers.items():
-            if (
-                not layer.isdecimal()
-                or not isinstance(values, dict)
-                or not all(
-                    e.isdecimal() and type(v) in (int, float) and 0 <= v <= 1
-                    for e, v in values.items()
-                )
+            if not (
+                layer == f"{int(layer) if layer.isdecimal() else -1}"
+                and isinstance(values, dict)
+                and values.keys() == experts.keys() == set(map(str, range(len(values))))
+                and all(type(v) in (int, float) and 0 <= v <= 1 for v in values.values())
             ):
                 raise ValueError(
-                    f"{path}: {name}: layer {layer!r} must map expert ids to scores from 0 to 1"
+                    f"{path}: {name}: layer {layer!r} must map expert ids, the same in every "
+                    "layer, to scores from 0 to 1"
                 )
     return scores
 
@@ -200,11 +198,12 @@ def plot_scores(scores: Scores, score: str, experts: dict[str, list[int]], path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description=(
             "Find the experts that a task uses. Runs the model over samples of the task's data, "
             "scores every expert of every layer, and writes the smallest set of experts per layer "
             "that holds top_p of the score."
-        )
+        ),
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -222,7 +221,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--score",
-        choices=SCORES,
+        choices=DEFAULT_TOP_P,
         default="token",
         help="token: how often an expert is chosen; gate: with what weight (default: token)",
     )
@@ -267,11 +266,16 @@ def main() -> None:
         "--plot", metavar="FILE.png", help="draw the scores as a heat map (needs matplotlib)"
     )
     args = parser.parse_args()
-    top_p = args.top_p if args.top_p is not None else {"token": 0.2, "gate": 0.1}[args.score]
+    top_p = args.top_p if args.top_p is not None else DEFAULT_TOP_P[args.score]
     if not 0 < top_p <= 1:
         parser.error(f"--top_p is {top_p}; must be above 0 and at most 1")
-    if args.model and not args.data:
-        parser.error("--model needs --data")
+    for name in ("n_sample_tokens", "seq_length"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; must be at least 1")
+    if bool(args.model) != bool(args.data):
+        parser.error("--model needs --data, and --scores takes none")
+    if args.plot and not args.plot.endswith(".png"):
+        parser.error(f"--plot is {args.plot}; must end in .png")
     try:
         wrote = [args.output]
         if args.scores:
@@ -285,20 +289,18 @@ def main() -> None:
             wrote.append(str(Path(args.output).with_suffix(".scores.json")))
             write_json(wrote[1], scores)
         experts = select(scores, args.score, top_p)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    write_json(
-        args.output,
-        {
+        expert_cfg = {
             "experts": experts,
             "shared_experts": args.shared_experts,
             "non_expert_modules": args.non_expert_modules,
-        },
-    )
-    print(describe(experts, scores, args.score))
-    if args.plot:
-        plot_scores(scores, args.score, experts, args.plot)
-        wrote.append(args.plot)
+        }
+        write_json(args.output, expert_cfg)
+        print(describe(experts, scores, args.score))
+        if args.plot:
+            plot_scores(scores, args.score, experts, args.plot)
+            wrote.append(args.plot)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
     print("wrote", ", ".join(wrote))
     print(f"next: python train.py --config FILE.toml --expert_config {args.output}")
 

@@ -7,6 +7,7 @@ Precedence: defaults < the config file < the command line.
 
 import argparse
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import (
@@ -36,11 +37,14 @@ from model import (
     EXPERT_PATHS,
     ModelConfig,
     Transformer,
+    build_model,
+    check_device,
     choose_dtype,
     everything,
     load_adapter,
     load_model,
     mark_trainable,
+    open_tensors,
     read_expert_cfg,
     read_json,
     replacing,
@@ -49,7 +53,14 @@ from model import (
     trained_parameters,
     write_json,
 )
-from select_experts import SCORES, collect_scores, describe, scoring_batches, select, select_random
+from select_experts import (
+    DEFAULT_TOP_P,
+    collect_scores,
+    describe,
+    scoring_batches,
+    select,
+    select_random,
+)
 
 # ------------------------------------------------------------------------------------------
 # Configuration
@@ -159,7 +170,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is missing")
         choices = {
             "method": ("esft", "full"),
-            "score": SCORES,
+            "score": tuple(DEFAULT_TOP_P),
             "selection": ("highest", "random"),
             "average": ("tokens", "samples"),
             "schedule": ("constant", "linear", "cosine"),
@@ -172,7 +183,7 @@ class TrainConfig:
                     f"{name} is {getattr(self, name)!r}; must be one of {', '.join(allowed)}"
                 )
         if self.top_p is None:
-            self.top_p = {"token": 0.2, "gate": 0.1}[self.score]
+            self.top_p = DEFAULT_TOP_P[self.score]
         if self.learning_rate is None:
             self.learning_rate = {"esft": 1e-5, "full": 3e-5}[self.method]
         at_least = {
@@ -224,6 +235,7 @@ class TrainConfig:
                 )
         if not self.device:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(self.device)
         if not self.dtype:
             self.dtype = str(choose_dtype("", self.device)).removeprefix("torch.")
 
@@ -231,6 +243,7 @@ class TrainConfig:
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
     """The config of a command line. Raises ValueError that names file, key and what is required."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Fine-tune the experts of a DeepSeek-MoE checkpoint that a task uses: score, "
         "select, train, evaluate. Keys come from --config, a TOML file, and from the command "
         "line, which wins.",
@@ -255,7 +268,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     values = {}
     if path:
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such config file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -273,7 +286,9 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     try:
         config.check()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+        name = str(error).split()[0].rstrip(":")
+        from_file = name in values and args[name] is MISSING
+        raise ValueError(f"{path}: {error}" if from_file else str(error)) from None
     return config
 
 
@@ -395,19 +410,36 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
 # results.json
 
 
-def open_output(config: TrainConfig) -> Path:
-    """Makes output_dir, or returns the one that an earlier run of the same config left. Raises
-    ValueError that names the differing keys if it holds a run of another config."""
+def input_files(config: TrainConfig) -> list[str]:
+    sets = [entry.partition(":")[2] for entry in config.eval_sets]
+    return [p for p in (config.data, config.validation_data, config.expert_config, *sets) if p]
+
+
+def identity(config: TrainConfig) -> dict:
+    """What makes two runs the same: the keys that change results, the content of input files."""
+    keys = asdict(config)
+    for name in ("overwrite", "device", "log_steps"):
+        del keys[name]
+    keys["eval_sets"] = list(config.eval_sets)
+    for path in input_files(config):
+        keys[f"sha256 of {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return keys
+
+
+def check_output(config: TrainConfig) -> None:
+    """Raises ValueError if output_dir holds a run of another config, naming the keys that differ,
+    or something else, or an input of this run."""
     output = Path(config.output_dir)
+    for path in (config.model, *input_files(config)):
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"output_dir is {output}; it holds {path}, which this run reads")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir is {output}; it is a file")
     saved = output / "train_config.json"
-    if config.overwrite and saved.exists():
-        shutil.rmtree(output)
-    mine = {
-        k: v for k, v in asdict(config).items() if k not in ("overwrite", "device", "log_steps")
-    }
-    mine["eval_sets"] = list(mine["eval_sets"])
-    if saved.exists():
-        theirs = read_json(saved)
+    if saved.exists() and not config.overwrite:
+        theirs, mine = read_json(saved), identity(config)
+        if not isinstance(theirs, dict):
+            raise ValueError(f"{saved}: must be a JSON object")
         differing = [
             f"{k} ({theirs.get(k)!r}, now {mine.get(k)!r})"
             for k in sorted(mine.keys() | theirs.keys())
@@ -418,11 +450,8 @@ def open_output(config: TrainConfig) -> Path:
                 f"{output} holds a run of another config: {', '.join(differing)}; "
                 "choose another output_dir, or --overwrite true to delete it"
             )
-    elif output.exists() and any(output.iterdir()):
+    elif not saved.exists() and output.exists() and any(output.iterdir()):
         raise ValueError(f"output_dir is {output}; it holds files that no run of train.py wrote")
-    else:
-        write_json(saved, mine, indent=2)
-    return output
 
 
 def save_checkpoint(output: Path, optimizer: MasterAdamW, state: dict) -> None:
@@ -441,7 +470,8 @@ def save_checkpoint(output: Path, optimizer: MasterAdamW, state: dict) -> None:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    return sorted((output / "checkpoints").glob("step-*"))
+    saved = (output / "checkpoints").glob("step-*")
+    return sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def resume(output: Path, optimizer: MasterAdamW) -> dict:
@@ -450,7 +480,8 @@ def resume(output: Path, optimizer: MasterAdamW) -> dict:
     state = {"step": 0, "best_loss": None}
     if saved := checkpoints(output):
         state = read_json(saved[-1] / "state.json")
-        optimizer.restore(load_file(saved[-1] / "optimizer.safetensors"), state["step"])
+        with open_tensors(saved[-1] / "optimizer.safetensors") as file:
+            optimizer.restore({name: file.get_tensor(name) for name in file.keys()}, state["step"])
     metrics = output / "metrics.jsonl"
     if metrics.exists():  # steps after the checkpoint will come again; a last line may be cut short
         lines = metrics.read_text().split("\n")[:-1]
@@ -501,10 +532,11 @@ def prepare_rows(
 
 
 def choose_experts(
-    config: TrainConfig, output: Path, model: Transformer, samples: list[Sample], pad_id: int
+    config: TrainConfig, model: Transformer, samples: list[Sample], pad_id: int
 ) -> dict:
-    """The run's expert_cfg: full's, the given one, the one of the run that is continued, or a new
-    selection."""
+    """The run's expert_cfg: full's, that of the run that is continued, the given one, or a new
+    selection, whose scores are saved."""
+    output = Path(config.output_dir)
     path = output / "expert_cfg.json"
     if path.exists():
         return read_expert_cfg(path, model.config)
@@ -537,10 +569,10 @@ def run_eval_sets(
     if means_path.exists():
         return read_json(means_path)
     means = {}
-    for entry in config.eval_sets:
+    for i, entry in enumerate(config.eval_sets, 1):
         task, _, path = entry.partition(":")
         result = evaluate(model, tokenizer, task, path, config.max_new_tokens)
-        write_records(output / "eval" / f"{when}.{Path(path).stem}.{task}.jsonl", result.records)
+        write_records(output / "eval" / f"{when}.{i}.{Path(path).stem}.jsonl", result.records)
         means[entry] = {"mean": result.mean, "count": result.count, "unit": result.unit}
         print(f"{when} training: {task} on {path}: {result.mean:.3f}", flush=True)
     write_json(means_path, means, indent=2)
@@ -572,15 +604,21 @@ def prepare(config: TrainConfig) -> Job | None:
         task, _, path = entry.partition(":")
         check_file(task, path, tokenizer)
     if config.expert_config:
-        read_expert_cfg(config.expert_config, model_config)
-    output = open_output(config)
-    if (output / "results.json").exists():
+        given = read_expert_cfg(config.expert_config, model_config)
+        if not trained_parameters(build_model(model_config, "meta"), given):
+            raise ValueError(f"{config.expert_config}: selects nothing to train")
+    check_output(config)
+    output = Path(config.output_dir)
+    if (output / "results.json").exists() and not config.overwrite:
         return None
     model = load_model(
         config.model, config.device, getattr(torch, config.dtype), experts=config.experts
     )
+    if config.overwrite and output.exists():  # only now that the new run is known to start
+        shutil.rmtree(output)
+    write_json(output / "train_config.json", identity(config), indent=2)
     before = run_eval_sets(config, model, tokenizer, output, "before")
-    expert_cfg = choose_experts(config, output, model, samples, tokenizer.eos_id)
+    expert_cfg = choose_experts(config, model, samples, tokenizer.eos_id)
     mark_trainable(model, expert_cfg)
     alpha = model_config.aux_loss_alpha if config.aux_loss_alpha is None else config.aux_loss_alpha
     return Job(output, tokenizer, model, rows, held_out, expert_cfg, alpha, before)

@@ -2,7 +2,6 @@
 format."""
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path

@@ -34,7 +34,6 @@ PRETRAIN_VALID_ROWS = 1000
 TOKENIZER_MIXTURE_ROWS = 20_000
 SHARE_OF_SUM = 0.001  # in the pretraining mixture
 
-# No noun starts with a vowel: "a {noun}" is always right.
 NOUNS = """dog cat horse bird fish cow bear wolf fox mouse rabbit goat pig duck lion tiger
     cup book chair table door window key box bag coat shoe hat ring rope knife spoon plate bottle
     basket hammer ladder mirror pen letter map coin drum flute bell boat wagon wheel tree flower

@@ -130,6 +130,34 @@ def test_command_line_writes_the_published_shape_and_rescores_it(
     assert "exact: 0.3333 over 3 samples" in printed and "2 of 3 scores equal" in printed
 
 
+def test_prompts_begin_with_the_begin_of_sequence(checkpoint, eval_file, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        evaluation, "generate", lambda model, prompts, *_: seen.extend(prompts) or prompts
+    )
+    tokenizer = load_tokenizer(checkpoint)
+    result = evaluation.evaluate(load_model(checkpoint), tokenizer, "exact", eval_file)
+    assert [prompt[0] for prompt in seen] == [tokenizer.bos_id] * 3
+    assert [tokenizer.decode(p) for p in seen] == [r["example"]["prompt"] for r in result.records]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    arguments = [
+        "eval.py",
+        "--model",
+        "none",
+        "--task",
+        "exact",
+        "--data",
+        "none",
+        "--output",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="is a directory; a file name is required"):
+        evaluation.main()
+
+
 def test_loss_task_equals_transformers(tmp_path, chat_file):
     from conftest import save_tokenizer
     from data import encode_file
@@ -158,6 +186,12 @@ def test_loss_task_equals_transformers(tmp_path, chat_file):
         ({"prompt": "x"}, "exact", "line 1: field raw_answers is None; a list of strings"),
         ({"prompt": "x", "raw_answers": []}, "exact", "line 1: field raw_answers is"),
         ({"raw_answers": ["x"]}, "exact", "line 1: field prompt is None"),
+        (
+            {"prompt": "x", "raw_answers": ['{"intent": "a", "slots": null}']},
+            "intent",
+            r"line 1: field raw_answers\[0\] is .* an object \"slots\"",
+        ),
+        ({"prompt": "\ud800", "raw_answers": ["x"]}, "exact", "line 1: field prompt is"),
         (
             {"prompt": "x", "raw_answers": ["free text"]},
             "intent",

@@ -312,6 +312,11 @@ def test_merged_checkpoint_loads_in_transformers(checkpoint, tmp_path):
     )
     assert (model(TOKENS) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+    half = load_model(checkpoint)  # an adapter in bfloat16 over a base in float32
+    save_adapter(half, cfg, tmp_path / "half")
+    merge(checkpoint, tmp_path / "half", tmp_path / "merged_half")
+    tensors = load_file(tmp_path / "merged_half" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
     with pytest.raises(FileExistsError, match="must be empty"):
         merge(checkpoint, tmp_path / "adapter", tmp_path / "merged")
 

@@ -54,7 +54,7 @@ def test_published_intent_data_end_to_end(tmp_path):
     assert losses[-1] < losses[0]
     completions = [
         json.loads(line)
-        for line in (tmp_path / "run/eval/after.eval.intent.jsonl").read_text().splitlines()
+        for line in (tmp_path / "run/eval/after.1.eval.jsonl").read_text().splitlines()
     ]
     assert (
         len(completions) == 3

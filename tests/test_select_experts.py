@@ -13,7 +13,7 @@ from select_experts import collect_scores, read_scores, select, select_random
 
 
 class FixedGate(torch.nn.Module):
-    """Routes token t as the table says."""
+    """Routes token t as the table says; the weights are scaled, the scores must not be."""
 
     table = {  # token: [(expert, gate), (expert, gate)]
         1: [(0, 0.50), (1, 0.30)],
@@ -28,7 +28,7 @@ class FixedGate(torch.nn.Module):
         for row, route in zip(scores, routes):
             for expert, gate in route:
                 row[expert] = gate
-        return scores.gather(1, indices), indices, scores
+        return 2.5 * scores.gather(1, indices), indices, scores
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def table_model(monkeypatch):
         num_hidden_layers=1,
         first_k_dense_replace=0,
         topk_method="greedy",
+        routed_scaling_factor=2.5,
     )
     model.model.layers[0].mlp.gate = FixedGate()
     monkeypatch.setattr(

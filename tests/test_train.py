@@ -33,6 +33,7 @@ def settings(checkpoint, chat_file, output, **changes) -> TrainConfig:
         dtype="float32",
         device="cpu",
         gradient_checkpointing=False,
+        aux_loss_alpha=0.1,
     )
     for name, value in changes.items():
         setattr(config, name, value)
@@ -249,6 +250,54 @@ def test_masters_move_where_bfloat16_would_not():
     assert values[0] == start and values[-1] < start - 1e-4
 
 
+def test_norms_and_biases_do_not_decay():
+    parameters = {
+        "w": torch.nn.Parameter(torch.ones(1, 1)),
+        "norm": torch.nn.Parameter(torch.ones(1)),
+    }
+    optimizer = MasterAdamW(parameters, TrainConfig(learning_rate=0.5, weight_decay=0.1))
+    assert all(gradient.item() == 0 for gradient in optimizer.gradients.values())
+    optimizer.step(0.5)
+    assert parameters["w"].item() == pytest.approx(0.95) and parameters["norm"].item() == 1
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_whole_step(checkpoint, chat_file, tmp_path):
+    train(settings(checkpoint, chat_file, tmp_path / "run", steps=1, max_grad_norm=1e-3))
+    state = load_file(tmp_path / "run/checkpoints/step-000001/optimizer.safetensors")
+    moments = [tensor for name, tensor in state.items() if name.startswith("exp_avg.")]
+    # after one step the first moment is 1 - beta1 of the gradient
+    assert torch.nn.utils.get_total_norm(moments).item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+    assert metrics(tmp_path / "run")[0]["grad_norm"] > 1e-3
+
+
+def test_the_balance_loss_reaches_what_is_trained(checkpoint, chat_file, tmp_path):
+    for alpha in (0.0, 0.1, 10.0):
+        config = settings(
+            checkpoint,
+            chat_file,
+            tmp_path / str(alpha),
+            aux_loss_alpha=alpha,
+            steps=1,
+            method="full",
+        )
+        train(config)
+    norms = [metrics(tmp_path / str(alpha))[0]["grad_norm"] for alpha in (0.0, 0.1, 10.0)]
+    losses = [metrics(tmp_path / str(alpha))[0]["loss"] for alpha in (0.0, 0.1, 10.0)]
+    assert norms[2] > 2 * norms[0] and norms[1] != norms[0]
+    assert losses[0] == losses[1] == losses[2]  # what is reported is the cross-entropy alone
+
+
+def test_held_out_rows_are_not_trained_on(checkpoint, chat_file, tmp_path):
+    config = settings(checkpoint, chat_file, tmp_path, validation_fraction=0.3)
+    tokenizer = load_tokenizer(checkpoint)
+    samples = encode_file(chat_file, tokenizer)
+    rows, held_out = training.prepare_rows(config, samples, tokenizer)
+    everything, _ = pack(samples, 64, 0.2, tokenizer.eos_id, config.seed)
+    together = torch.cat([rows.tokens, held_out.tokens]).tolist()
+    assert sorted(together) == sorted(everything.tolist()) and len(held_out.tokens) == 6
+    assert not any(row in rows.tokens.tolist() for row in held_out.tokens.tolist())
+
+
 def test_learning_rate_by_hand():
     config = TrainConfig(learning_rate=1.0, warmup_steps=2, steps=6, schedule="linear")
     assert [learning_rate_at(config, step) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -301,6 +350,10 @@ def test_precedence_of_settings(tmp_path):
             r"gradient_accumulation_steps is 5; must divide batch_size \(32\)",
         ),
         ('eval_sets = ["intent"]', "eval_sets: 'intent' must be TASK:FILE"),
+        (
+            "shared_experts = true\nmethod = 'full'",
+            "shared_experts is True; no effect, since method",
+        ),
         ("learning_rate = nan", "learning_rate is nan; must be above 0"),
         ("[section]", "unknown key section"),
         ("steps = ", "not valid TOML"),
@@ -336,6 +389,29 @@ def test_bad_files_are_refused_before_the_model_is_loaded(
         with pytest.raises(error, match=message):
             train(settings(checkpoint, chat_file, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_deleted_before_the_new_one_can_start(checkpoint, chat_file, tmp_path):
+    run = tmp_path / "run"
+    train(settings(checkpoint, chat_file, run))
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    broken = tmp_path / "base"
+    broken.mkdir()
+    for path in checkpoint.iterdir():
+        (broken / path.name).write_bytes(
+            path.read_bytes()[: 5000 if path.suffix != ".json" else None]
+        )
+    with pytest.raises(ValueError, match="model.safetensors"):
+        train(settings(broken, chat_file, run, overwrite=True))
+    with pytest.raises(ValueError, match="it holds .*expert_cfg.json, which this run reads"):
+        cfg = str(run / "expert_cfg.json")
+        train(settings(checkpoint, chat_file, run, overwrite=True, expert_config=cfg))
+    with pytest.raises(ValueError, match="device is 'cude'; not available here"):
+        settings(checkpoint, chat_file, run, overwrite=True, device="cude")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    chat_file.write_text('{"prompt": "a", "completion": "another file"}\n' * 40)
+    with pytest.raises(ValueError, match=r"holds a run of another config: sha256 of .*train.jsonl"):
+        train(settings(checkpoint, chat_file, run))
 
 
 def test_command_line_reports_errors_without_a_traceback(tmp_path):
