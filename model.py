@@ -316,10 +316,8 @@ class Attention(nn.Module):
         q_nope, q_rope = q.split([self.nope, self.rope], -1)
         q_rope = apply_rope(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2))  # (B, T, H, R)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent, self.rope], -1)
-        latent, k_rope = (
-            self.kv_a_layernorm(latent),
-            apply_rope(k_rope, cos, sin),
-        )  # one key for all heads
+        latent = self.kv_a_layernorm(latent)
+        k_rope = apply_rope(k_rope, cos, sin)  # one key for all heads
 
         if past is not None:
             past[torch.arange(B, device=x.device)[:, None], positions] = torch.cat(
@@ -329,10 +327,8 @@ class Attention(nn.Module):
                 return self.o_proj(self.attend_latent(q_nope, q_rope, past, positions))
         k_nope, v = self.kv_b_proj(latent).view(B, T, self.heads, -1).split([self.nope, self.v], -1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)
-        q, k = (
-            torch.cat([q_nope, q_rope], -1),
-            torch.cat([k_nope, k_rope], -1),
-        )  # (B, T, H, nope + R)
+        q = torch.cat([q_nope, q_rope], -1)  # (B, T, H, nope + R)
+        k = torch.cat([k_nope, k_rope], -1)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -348,9 +344,8 @@ class Attention(nn.Module):
         """Attention in the space of the latent: the up-projections of keys and values are applied
         to the query and to the result instead of to every token seen (DeepSeek-V2, section
         2.1.2)."""
-        w_k, w_v = self.kv_b_proj.weight.view(self.heads, -1, self.latent).split(
-            [self.nope, self.v], 1
-        )
+        up = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
+        w_k, w_v = up.split([self.nope, self.v], 1)
         q = torch.cat([torch.einsum("bthn,hnc->bhtc", q_nope, w_k), q_rope.transpose(1, 2)], -1)
         keys = past.unsqueeze(1)  # (B, 1, length, C + R)
         scores = (q @ keys.mT).float() * self.scale  # (B, H, T, length)
@@ -374,8 +369,7 @@ class MLP(nn.Module):
 
 
 class Gate(nn.Module):
-    """Which K experts a token uses, and with what weight (DeepSeekMoE, eq. 10; DeepSeek-V2, eq.
-    22)."""
+    """Which K experts a token uses, with what weight (DeepSeekMoE, eq. 10; DeepSeek-V2, eq. 22)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -440,8 +434,7 @@ def experts_grouped(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
 
 
 def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
-    """x (S, A), rows sorted by expert and ending at `ends` (E,), times stack (E, A, Z) -> (S,
-    Z)."""
+    """x (S, A), sorted by expert and ending at `ends` (E,), times stack (E, A, Z) -> (S, Z)."""
     if x.is_cuda:
         return F.grouped_mm(x, stack, offs=ends)
     # On a CPU torch's own loop takes up to three times as long as this one.
@@ -477,9 +470,8 @@ class GroupedExperts(torch.autograd.Function):
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
         dy = dy[token]  # (S, D)
-        dact = grouped_mm(
-            dy, down, ends
-        ).float()  # (S, I), of the activation times its routing weight
+        # The gradient of the activation times its routing weight.
+        dact = grouped_mm(dy, down, ends).float()  # (S, I)
         dweights = (dact * silu * up).sum(-1)[inverse].view(N, K)
         dup = dact * weight * silu
         dgate = dact * weight * up * (sigmoid + silu * (1 - sigmoid))
