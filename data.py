@@ -165,6 +165,10 @@ def row_pieces(row: dict, where: str) -> list[tuple[str, bool, bool]]:
         return chat_pieces(row["messages"], where)
     if "prompt" not in row:
         raise ValueError(f"{where}: field messages (or prompt and completion) is missing")
+    if "raw_answers" in row:
+        raise ValueError(
+            f"{where}: field completion is missing; this looks like an evaluation file"
+        )
     prompt, completion = text_field(row, "prompt", where), text_field(row, "completion", where)
     if not completion.strip():
         raise ValueError(f"{where}: field completion is empty; an answer is required")

@@ -27,7 +27,15 @@ from data import (
     read_rows,
     text_field,
 )
-from model import Cache, Transformer, choose_dtype, load_model, replacing, token_losses
+from model import (
+    Cache,
+    Transformer,
+    check_output_file,
+    choose_dtype,
+    load_model,
+    replacing,
+    token_losses,
+)
 
 # ------------------------------------------------------------------------------------------
 # Decoding
@@ -141,6 +149,8 @@ def read_examples(path: str | Path, task: str) -> list[dict]:
 
 def example_fields(row: dict, where: str, task: str) -> dict:
     answers = row.get("raw_answers")
+    if answers is None and ("messages" in row or "completion" in row):
+        raise ValueError(f"{where}: field raw_answers is missing; this looks like a training file")
     if not isinstance(answers, list) or not answers or not all(map(is_text, answers)):
         raise ValueError(
             f"{where}: field raw_answers is {answers!r:.60}; a list of strings is required"
@@ -250,13 +260,6 @@ def evaluate_loss(
     return Result(total / count, count, "tokens", records)
 
 
-def check_output_file(path: str | Path) -> None:
-    """Raises OSError if `path` cannot become a file: better before the work than after it."""
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: is a directory; a file name is required")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-
-
 def write_records(path: str | Path, records: list[dict]) -> None:
     with replacing(path) as part:
         part.write_text(
@@ -328,15 +331,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.model and not (args.data and args.output):
         parser.error("--model needs --data and --output")
-    if args.rescore and (TASKS[args.task] is None or args.limit):
-        parser.error("--rescore takes no --limit, and no task loss, which has no completions")
+    if args.rescore and (TASKS[args.task] is None or args.limit or args.data):
+        parser.error("--rescore takes no --data, no --limit, and no task loss")
     for name in ("max_new_tokens", "batch_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; must be at least 1")
     try:
         if args.output:
-            check_output_file(args.output)
+            check_output_file(args.output, [args.data or args.rescore])
         if args.rescore:
             result, equal = rescore(args.rescore, args.task)
         else:
@@ -350,6 +353,8 @@ def main() -> None:
             write_records(args.output, result.records)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; nothing was written") from None
     perplexity = f" (perplexity {math.exp(result.mean):.3f})" if args.task == "loss" else ""
     print(f"{args.task}: {result.mean:.4f} over {result.count} {result.unit}{perplexity}")
     if args.rescore:

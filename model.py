@@ -685,7 +685,7 @@ def replacing(path: str | Path):
     so that whoever reads `path` finds the old file or the new one, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         yield part
         os.chmod(part, 0o644)  # safetensors makes its files readable to their owner alone
@@ -694,6 +694,16 @@ def replacing(path: str | Path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_output_file(path: str | Path, inputs: list[str]) -> None:
+    """Raises OSError or ValueError if `path` cannot become a file, or is one of `inputs`: better
+    before the work than after it."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: is a directory; a file name is required")
+    if Path(path).resolve() in [Path(name).resolve() for name in inputs]:
+        raise ValueError(f"{path}: is read by this command; another output is required")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:

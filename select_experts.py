@@ -6,6 +6,7 @@ Scores have the published shape, layer ids absolute:
 """
 
 import argparse
+import importlib.util
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import by_length, encode_file, load_tokenizer, pad, sample_tokens
-from model import MoE, Transformer, choose_dtype, load_model, read_json, write_json
+from model import (
+    MoE,
+    Transformer,
+    check_output_file,
+    choose_dtype,
+    load_model,
+    read_json,
+    write_json,
+)
 
 DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}  # the paper's, for each score
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -169,10 +178,8 @@ def describe(experts: dict[str, list[int]], scores: Scores, score: str) -> str:
 
 def plot_scores(scores: Scores, score: str, experts: dict[str, list[int]], path: str) -> None:
     """A heat map of the scores, layers down and experts across, with the selected ones marked."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("error: --plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -276,8 +283,11 @@ def main() -> None:
         parser.error("--model needs --data, and --scores takes none")
     if args.plot and not args.plot.endswith(".png"):
         parser.error(f"--plot is {args.plot}; must end in .png")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
         wrote = [args.output]
+        check_output_file(args.output, [args.data or args.scores])
         if args.scores:
             scores = read_scores(args.scores)
         else:
@@ -301,8 +311,12 @@ def main() -> None:
             wrote.append(args.plot)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; no selection was written") from None
     print("wrote", ", ".join(wrote))
-    print(f"next: python train.py --config FILE.toml --expert_config {args.output}")
+    print(
+        f"next: python train.py --config FILE.toml --output_dir DIR --expert_config {args.output}"
+    )
 
 
 if __name__ == "__main__":

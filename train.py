@@ -167,7 +167,7 @@ class TrainConfig:
                 raise ValueError(f"{f.name} is {value!r}; must be of type {kind}")
         for name in ("model", "data", "output_dir"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is missing")
+                raise ValueError(f"{name} is missing; try --config configs/demo.toml, or --help")
         choices = {
             "method": ("esft", "full"),
             "score": tuple(DEFAULT_TOP_P),
@@ -771,7 +771,8 @@ def print_step(config: TrainConfig, record: dict) -> None:
 def print_results(config: TrainConfig, results: dict) -> None:
     output = Path(config.output_dir)
     share = results["trained_parameters"] / results["all_parameters"]
-    print(f"\n{'evaluation':<34} {'task':<7} {'before':>7} {'after':>7}")
+    if results["before"]:
+        print(f"\n{'evaluation':<34} {'task':<7} {'before':>7} {'after':>7}")
     for entry, before in results["before"].items():
         task, _, path = entry.partition(":")
         after = results["after"][entry]
@@ -797,7 +798,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command continues from the newest checkpoint") from None
+        raise SystemExit(
+            "stopped; the same command continues from the newest checkpoint, if there is one"
+        ) from None
 
 
 if __name__ == "__main__":

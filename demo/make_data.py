@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 DEMO = Path(__file__).resolve().parent
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -343,7 +343,8 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def train_tokenizer(pairs: Iterable[Pair]) -> Tokenizer:
-    """Byte-level BPE, digits one by one, without a post-processor: data.py adds BOS itself."""
+    """Byte-level BPE, digits one by one. data.py adds BOS itself; the post-processor adds it for
+    others, as that of the published tokenizers does."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -358,6 +359,9 @@ def train_tokenizer(pairs: Iterable[Pair]) -> Tokenizer:
     )
     texts = (f"{prompt(user)} {answer}" for user, answer in pairs)
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     return tokenizer
 
 
@@ -373,7 +377,7 @@ def tokenizer_config() -> dict:
         "eos_token": eos,
         "model_max_length": 1024,
         "pad_token": eos,
-        "tokenizer_class": "LlamaTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": None,
     }
 

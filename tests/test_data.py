@@ -168,6 +168,7 @@ def test_sampled_tokens_stop_at_the_number_and_cut_long_samples():
             "line 2: .*field content is 3; a string",
         ),
         ('{"prompt": "a"}', "line 2: field completion is None"),
+        ('{"prompt": "a", "raw_answers": ["b"]}', "line 2: .* looks like an evaluation file"),
         ('{"prompt": "a", "completion": ""}', "line 2: field completion is empty"),
     ],
 )

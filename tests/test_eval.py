@@ -158,6 +158,16 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
         evaluation.main()
 
 
+def test_an_output_that_is_an_input_is_refused(eval_file, monkeypatch):
+    before = eval_file.read_bytes()
+    for source in (["--model", "none", "--data"], ["--rescore"]):
+        arguments = [*source, str(eval_file), "--task", "exact", "--output", str(eval_file)]
+        monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+        with pytest.raises(SystemExit, match="is read by this command"):
+            evaluation.main()
+    assert eval_file.read_bytes() == before
+
+
 def test_loss_task_equals_transformers(tmp_path, chat_file):
     from conftest import save_tokenizer
     from data import encode_file

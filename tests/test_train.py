@@ -448,8 +448,11 @@ def test_demo_base_is_a_published_format_checkpoint():
     config = ModelConfig.from_json(ROOT / "demo/base/config.json")
     model = load_model(ROOT / "demo/base")
     assert sum(p.numel() for p in model.parameters()) == 4_075_200 and config.n_routed_experts == 64
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    tokenizer, prompt = load_tokenizer(ROOT / "demo/base"), "User: Copy: cup\n\nAssistant:"
+    theirs = AutoTokenizer.from_pretrained(ROOT / "demo/base")(prompt).input_ids
+    assert theirs == [tokenizer.bos_id, *tokenizer.encode(prompt)]
     oracle = AutoModelForCausalLM.from_pretrained(ROOT / "demo/base", dtype=torch.float32)
     tokens = torch.arange(50)[None]
     expected = oracle(tokens).logits
