@@ -28,9 +28,6 @@ class Tokenizer:
     bos_id: int
     eos_id: int
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
-
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 

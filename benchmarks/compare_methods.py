@@ -7,8 +7,8 @@
 Every run is configs/demo.toml but for the keys of its method, task, learning rate and seed. The
 rule for the learning rate, the same for every method: of the rates whose task score is within 0.02
 of the method's best, the one that keeps most of the general skills. Each finished run is added to
-benchmarks/results/, so that a second call goes on where the first stopped; the last line printed is
-JSON."""
+benchmarks/results/, so that a second call goes on where the first stopped (delete the file after a
+change of config or code); the last line printed is JSON."""
 
 import argparse
 import json

@@ -52,7 +52,7 @@ def test_several_turns_and_masked_answers(tokenizer):
     )
     assert [label for label in labels if label != IGNORE] == [
         tokenizer.bos_id,
-        *tokenizer.encode(" d"),
+        *tokenizer.encode_all([" d"])[0],
         tokenizer.eos_id,
     ]
 

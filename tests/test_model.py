@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from benchmarks.v2_lite import V2_LITE
 from conftest import random_config, save_with_transformers
 from safetensors.torch import load_file, save_file
 
@@ -322,32 +323,7 @@ def test_merged_checkpoint_loads_in_transformers(checkpoint, tmp_path):
 
 
 def test_published_v2_lite_has_its_parameters():
-    config = ModelConfig(
-        model_type="deepseek_v2",
-        vocab_size=102400,
-        hidden_size=2048,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        first_k_dense_replace=1,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope_scaling=dict(
-            type="yarn",
-            factor=40,
-            original_max_position_embeddings=4096,
-            beta_fast=32,
-            beta_slow=1,
-            mscale=0.707,
-            mscale_all_dim=0.707,
-        ),
-    )
+    config = ModelConfig(**V2_LITE)
     model = build_model(config, "meta")
     assert sum(p.numel() for p in model.parameters()) == 15_706_484_224
     assert model.model.layers[0].self_attn.scale * 192**0.5 == pytest.approx(1.59, abs=0.005)
