@@ -1,8 +1,7 @@
 """The demo's tasks, trained by ESFT, by full fine-tuning, and with as many random experts.
 
-    python benchmarks/compare_methods.py tune    # each method's learning rate, on the validation
-    files python benchmarks/compare_methods.py test    # three seeds at these rates, on the test
-    files
+    python benchmarks/compare_methods.py tune    # each method's rate, on the validation files
+    python benchmarks/compare_methods.py test    # three seeds at these rates, on the test files
 
 Every run is configs/demo.toml but for the keys of its method, task, learning rate and seed. The
 rule for the learning rate, the same for every method: of the rates whose task score is within 0.02

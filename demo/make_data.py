@@ -3,7 +3,7 @@
 The demo replays Expert-Specialized Fine-Tuning in the small. A tiny base model is pretrained on
 a mixture of ten synthetic skills: copy, reverse and sort a word list, count a word in it, add,
 continue a sequence, know a fact, translate into the invented language Zelian, parse a smart-home
-command, write pairs as JSON. It is then fine-tuned on one of three tasks that it has not seen:
+command, write pairs as JSON. It is then fine-tuned on a task that it has not seen, or hardly:
 
     intent   a known skill in a new output format: parse's commands, answered in JSON
     order    known words in a new order: old Zelian puts the verb first, adjectives last
