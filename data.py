@@ -21,12 +21,38 @@ Sample = tuple[list[int], list[int]]
 
 
 @dataclass
+class ChatFormat:
+    """What surrounds the contents of a conversation. An end of sequence follows each answer."""
+
+    system: str
+    user: str  # with what asks for the answer
+    answer: str
+    special_tokens: tuple[str, ...] = ()
+
+
+# V2's is the paper's, too, and that of DeepSeekMoE-16B-chat; V3's is that of V3 and R1.
+CHAT_FORMATS = {
+    "deepseek_v2": ChatFormat("{}\n\n", "User: {}\n\nAssistant:", " {}"),
+    "deepseek_v3": ChatFormat(
+        "{}", "<｜User｜>{}<｜Assistant｜>", "{}", ("<｜User｜>", "<｜Assistant｜>")
+    ),
+}
+FORMAT_OF_MODEL_TYPE = {
+    "deepseek": "deepseek_v2",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+}
+
+
+@dataclass
 class Tokenizer:
-    """A checkpoint's tokenizer with the ids of its begin and end of sequence."""
+    """A checkpoint's tokenizer with the ids of its begin and end of sequence, and the format of its
+    conversations, a key of CHAT_FORMATS."""
 
     inner: tokenizers.Tokenizer
     bos_id: int
     eos_id: int
+    chat_format: str
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
@@ -35,12 +61,20 @@ class Tokenizer:
         return self.inner.decode(ids, skip_special_tokens=True)
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
     """Reads tokenizer.json, and from tokenizer_config.json which tokens begin and end a sequence
-    (strings or objects with "content"). Raises FileNotFoundError or ValueError that names file and
-    field."""
+    (strings or objects with "content"). `chat_format`: a key of CHAT_FORMATS; empty: that of the
+    model_type in config.json. Raises FileNotFoundError or ValueError that names file and field."""
     directory = Path(directory)
     path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if tiktoken := [p for p in sorted(directory.glob("*")) if "tiktoken" in p.name]:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; {tiktoken[0].name} is a tiktoken file, which is not read. "
+                "Convert it once, with the token pattern and special tokens of the checkpoint's own "
+                "tokenizer code: transformers.integrations.tiktoken.convert_tiktoken_to_fast("
+                f"tiktoken.Encoding(...), {str(directory)!r})"
+            )
     for needed in (path, config_path):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed}: no such file")
@@ -65,10 +99,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ids.append(number)
     model_config = directory / "config.json"
     if model_config.is_file():
-        size = parse_json(model_config.read_text(encoding="utf-8"), str(model_config))["vocab_size"]
-        if inner.get_vocab_size() > size:
-            raise ValueError(f"{path}: has {inner.get_vocab_size()} tokens; vocab_size is {size}")
-    return Tokenizer(inner, *ids)
+        raw = parse_json(model_config.read_text(encoding="utf-8"), str(model_config))
+        if inner.get_vocab_size() > raw["vocab_size"]:
+            raise ValueError(
+                f"{path}: has {inner.get_vocab_size()} tokens; vocab_size is {raw['vocab_size']}"
+            )
+        chat_format = chat_format or FORMAT_OF_MODEL_TYPE[raw["model_type"]]
+    return Tokenizer(inner, *ids, chat_format or "deepseek_v2")
 
 
 # ------------------------------------------------------------------------------------------
@@ -121,11 +158,13 @@ def text_field(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def chat_pieces(messages: list[dict], where: str = "messages") -> list[tuple[str, bool, bool]]:
-    """(text, is it an answer, is it learned) for each message, in the format of the ESFT paper:
-    "User: {content}\\n\\nAssistant:", " {content}", an end of sequence after each answer; content
-    stripped. `"mask": 1` on an answer leaves it out of the loss. Raises ValueError that names row
-    and field."""
+def chat_pieces(
+    messages: list[dict], chat_format: str, where: str = "messages"
+) -> list[tuple[str, bool, bool]]:
+    """(text, is it an answer, is it learned) for each message: a system message, if there is one,
+    then questions and answers; contents stripped. `"mask": 1` on an answer leaves it out of the
+    loss. Raises ValueError that names row and field."""
+    form = CHAT_FORMATS[chat_format]
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"{where}: field messages is {messages!r:.60}; a list of messages is required"
@@ -139,27 +178,39 @@ def chat_pieces(messages: list[dict], where: str = "messages") -> list[tuple[str
             )
         role, content = message.get("role"), text_field(message, "content", here).strip()
         if role == "user":
-            pieces.append((f"User: {content}\n\nAssistant:", False, False))
+            pieces.append((form.user.format(content), False, False))
+        elif role == "system":
+            if i > 0:
+                raise ValueError(f"{here}: field role is 'system'; only the first message may be")
+            pieces.append((form.system.format(content), False, False))
         elif role == "assistant":
             if not content:
                 raise ValueError(f"{here}: field content is empty; an answer is required")
             if message.get("mask", 0) not in (0, 1):
                 raise ValueError(f"{here}: field mask is {message['mask']!r}; must be 0 or 1")
-            pieces.append((f" {content}", True, message.get("mask", 0) != 1))
+            pieces.append((form.answer.format(content), True, message.get("mask", 0) != 1))
         else:
-            raise ValueError(f"{here}: field role is {role!r}; must be user or assistant")
+            raise ValueError(f"{here}: field role is {role!r}; must be system, user or assistant")
     if not pieces[-1][1]:
         raise ValueError(
-            f"{where}: messages end with role user; the answer, role assistant, is missing"
+            f"{where}: messages end with role {messages[-1]['role']}; the answer, role assistant, "
+            "is missing"
         )
     return pieces
 
 
-def row_pieces(row: dict, where: str) -> list[tuple[str, bool, bool]]:
+def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[tuple[str, bool, bool]]:
     """The pieces of a row of `messages`, or of `prompt` and `completion`: text that stands as it
     is, in whatever format it carries, of which the completion is learned."""
     if "messages" in row:
-        return chat_pieces(row["messages"], where)
+        for token in CHAT_FORMATS[tokenizer.chat_format].special_tokens:
+            if tokenizer.inner.token_to_id(token) is None:
+                raise ValueError(
+                    f"{where}: messages in chat_format {tokenizer.chat_format} need the token "
+                    f"{token}, which this tokenizer lacks; set another chat_format, or give prompt "
+                    "and completion"
+                )
+        return chat_pieces(row["messages"], tokenizer.chat_format, where)
     if "prompt" not in row:
         raise ValueError(f"{where}: field messages (or prompt and completion) is missing")
     if "raw_answers" in row:
@@ -187,13 +238,13 @@ def join_pieces(
 
 def encode_chat(messages: list[dict], tokenizer: Tokenizer) -> Sample:
     """(input_ids, labels) of one conversation: see `chat_pieces` for the format and the errors."""
-    pieces = chat_pieces(messages)
+    pieces = chat_pieces(messages, tokenizer.chat_format)
     return join_pieces(pieces, tokenizer.encode_all([text for text, *_ in pieces]), tokenizer)
 
 
 def encode_file(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
     """All rows of a data file as samples. Every row is checked before the first is encoded."""
-    rows = [row_pieces(row, where) for where, row in read_rows(path)]
+    rows = [row_pieces(row, tokenizer, where) for where, row in read_rows(path)]
     ids = iter(tokenizer.encode_all([text for pieces in rows for text, *_ in pieces]))
     return [join_pieces(pieces, [next(ids) for _ in pieces], tokenizer) for pieces in rows]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
+    CHAT_FORMATS,
     IGNORE,
     Sample,
     Tokenizer,
@@ -33,6 +34,7 @@ from model import (
     check_output_file,
     choose_dtype,
     load_model,
+    local_directory,
     replacing,
     token_losses,
 )
@@ -293,11 +295,13 @@ def main() -> None:
         ),
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="checkpoint directory")
+    source.add_argument("--model", help="checkpoint: a directory or a hub name")
     source.add_argument(
         "--rescore", metavar="COMPLETIONS", help="saved completions to score again, without a model"
     )
-    parser.add_argument("--adapter", help="adapter directory (expert_cfg.json and .safetensors)")
+    parser.add_argument(
+        "--adapter", help="a directory with expert_cfg.json and .safetensors, or a hub name"
+    )
     parser.add_argument(
         "--task",
         choices=TASKS,
@@ -319,6 +323,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--batch_size", type=int, default=64, help="prompts decoded together (default: 64)"
+    )
+    parser.add_argument(
+        "--chat_format",
+        choices=CHAT_FORMATS,
+        default="",
+        help="how messages become text, for task loss (default: that of the model's family)",
     )
     parser.add_argument("--limit", type=int, help="only the first so many rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -343,10 +353,13 @@ def main() -> None:
         if args.rescore:
             result, equal = rescore(args.rescore, args.task)
         else:
-            tokenizer = load_tokenizer(args.model)
+            base = local_directory(args.model)
+            if args.adapter:
+                args.adapter = local_directory(args.adapter, "adapter")
+            tokenizer = load_tokenizer(base, args.chat_format)
             check_file(args.task, args.data, tokenizer)
             dtype = choose_dtype(args.dtype, args.device)
-            model = load_model(args.model, args.device, dtype, args.adapter)
+            model = load_model(base, args.device, dtype, args.adapter)
             sizes = args.max_new_tokens, args.batch_size, args.limit
             result = evaluate(model, tokenizer, args.task, args.data, *sizes)
         if args.output:

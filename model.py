@@ -1,4 +1,5 @@
-"""The DeepSeek-V2 transformer: attention, gate, experts; loading, freezing and adapters.
+"""The DeepSeek-MoE transformers (DeepSeekMoE, V2, V3): attention, gate, experts; loading, freezing,
+adapters.
 
 Dimensions, as in the comments: B rows, T tokens of a row, N = B * T tokens, D hidden size, V
 vocabulary, H attention heads, E routed experts, K experts per token, S = N * K (token, expert)
@@ -6,21 +7,26 @@ slots, I expert width, C latent of keys and values (kv_lora_rank), R rotary part
 layers.
 
 Parameter names are exactly those of the published checkpoints, so that a trained expert is a valid
-checkpoint tensor. Equation numbers are those of DeepSeekMoE (arXiv 2401.06066) and DeepSeek-V2
-(arXiv 2405.04434).
+checkpoint tensor. Equation numbers are those of DeepSeekMoE (arXiv 2401.06066), DeepSeek-V2
+(arXiv 2405.04434) and DeepSeek-V3 (arXiv 2412.19437).
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +35,31 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------
 # Configuration
+
+
+# What the families support of the fields that name a variant, the default first: DeepSeek's own
+# configuration classes leave some of them out.
+FAMILIES = {
+    "deepseek": {
+        "scoring_func": ["softmax"],
+        "topk_method": ["greedy"],
+        "routed_scaling_factor": [1.0],
+        "quantization_config": [None],
+    },
+    "deepseek_v2": {
+        "scoring_func": ["softmax"],
+        "topk_method": ["greedy", "group_limited_greedy"],
+        "quantization_config": [None],
+    },
+    "deepseek_v3": {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]},
+}
+V3_DEFAULTS = {
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+}
+MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclass
@@ -46,11 +77,13 @@ class ModelConfig:
     n_shared_experts: int
     num_experts_per_tok: int
     first_k_dense_replace: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
+    num_key_value_heads: int | None = None  # of `deepseek`; multi-head latent attention has none
+    head_dim: int | None = None  # of `deepseek`; for the others transformers writes the rotary part
+    kv_lora_rank: int | None = None  # this and the next four: of multi-head latent attention
     q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     moe_layer_freq: int = 1
     topk_method: str = "greedy"
     scoring_func: str = "softmax"
@@ -63,11 +96,13 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
+    rope_interleave: bool = True
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
     mlp_bias: bool = False
     attention_dropout: float = 0.0
+    num_nextn_predict_layers: int = 0  # layers for multi-token prediction, which are not loaded
     quantization_config: dict | None = None
 
     @classmethod
@@ -79,104 +114,178 @@ class ModelConfig:
         raw = read_json(path)
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: must hold a JSON object, found {type(raw).__name__}")
+        try:
+            return cls._from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, raw: dict) -> "ModelConfig":
+        family = raw.get("model_type")
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise ValueError(f"model_type is {family!r}; supported: {', '.join(FAMILIES)}")
+        for name in ("index_topk", "index_n_heads"):  # V3.2 and later
+            if raw.get(name) is not None:
+                raise ValueError(f"{name} is {raw[name]!r}; sparse attention is not supported")
         rope = raw.get("rope_parameters")
         if rope is not None:  # transformers 5 moved rope_theta and rope_scaling in here
             if not isinstance(rope, dict):
-                raise ValueError(f"{path}: rope_parameters is {rope!r}; must be an object")
-            theta = rope.get("rope_theta") if raw.get("rope_theta") is None else raw["rope_theta"]
-            raw = {**raw, "rope_theta": theta, "rope_scaling": rope}
-        given = {
-            field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None
-        }
+                raise ValueError(f"rope_parameters is {rope!r}; must be an object")
+            if raw.get("rope_scaling", rope) not in (None, rope):
+                raise ValueError("rope_scaling and rope_parameters differ; one is required")
+            theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+            raw = {**raw, **theta, "rope_scaling": rope}
+        defaults = {name: values[0] for name, values in FAMILIES[family].items()}
+        if family == "deepseek_v3":
+            defaults |= V3_DEFAULTS
+        given = {field.name: raw[field.name] for field in fields(cls) if field.name in raw}
         for field in fields(cls):
             if field.default is MISSING and field.name not in given:
-                raise ValueError(f"{path}: field {field.name} is missing")
-        config = cls(**given)
-        try:
-            config.check()
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+                raise ValueError(f"field {field.name} is missing")
+        config = cls(**{**defaults, **given})
+        config.check()
         return config
 
     def check(self) -> None:
         """Raises ValueError for the first field with a value that this model does not support."""
         supported = {
-            "model_type": ("deepseek_v2",),
-            "topk_method": ("greedy", "group_limited_greedy"),
-            "scoring_func": ("softmax",),
-            "hidden_act": ("silu",),
-            "mlp_bias": (False,),
-            "attention_dropout": (0,),
-            "quantization_config": (None,),
+            "model_type": list(FAMILIES),
+            "hidden_act": ["silu"],
+            "mlp_bias": [False],
+            "attention_dropout": [0.0],
+            **FAMILIES.get(self.model_type, {}),
         }
         for name, values in supported.items():
             if getattr(self, name) not in values:
                 shown = ", ".join(map(repr, values))
                 raise ValueError(f"{name} is {getattr(self, name)!r}; supported: {shown}")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int or (field.type == int | None and value is not None):
-                least = 0 if field.name == "first_k_dense_replace" else 1
-                if type(value) is not int or not least <= value <= 2**24:
-                    raise ValueError(
-                        f"{field.name} is {value!r}; must be an integer from {least} to 2^24"
-                    )
-            elif field.type is float and (
-                type(value) not in (int, float) or not math.isfinite(value)
-            ):
-                raise ValueError(f"{field.name} is {value!r}; must be a finite number")
-            elif field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} is {value!r}; must be true or false")
+            self._check_kind(field.name, field.type, getattr(self, field.name))
+        if self.num_hidden_layers * self.n_routed_experts > 2**17:
+            raise ValueError(
+                f"num_hidden_layers is {self.num_hidden_layers} and n_routed_experts is "
+                f"{self.n_routed_experts}; at most {2**17} experts are supported"
+            )
         if self.rms_norm_eps < 0 or self.rope_theta <= 1:
             raise ValueError(
                 f"rms_norm_eps is {self.rms_norm_eps} and rope_theta is {self.rope_theta}; "
                 "must be at least 0 and above 1"
             )
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; must be even")
-        reachable = self.n_routed_experts
-        if self.topk_method == "group_limited_greedy":
-            if not self.n_group or self.n_routed_experts % self.n_group:
+        self._check_attention()
+        self._check_routing()
+        self._check_rope()
+        if self.quantization_config is not None:
+            fp8_block(self.quantization_config)
+
+    @staticmethod
+    def _check_kind(name: str, kind, value) -> None:
+        if kind in (int, float, bool, str) and value is None:
+            raise ValueError(f"{name} is null; a value is required")
+        if kind in (int, int | None) and value is not None:
+            least = 0 if name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1
+            if type(value) is not int or not least <= value < 2**19:
+                raise ValueError(f"{name} is {value!r}; must be an integer from {least} to 2^19 - 1")
+        elif kind is float and (type(value) not in (int, float) or not abs(value) < 1e30):
+            raise ValueError(f"{name} is {value!r}; must be a finite number")
+        elif kind is bool and type(value) is not bool:
+            raise ValueError(f"{name} is {value!r}; must be true or false")
+
+    def _check_attention(self) -> None:
+        if self.model_type != "deepseek":
+            for name in MLA_FIELDS:
+                if getattr(self, name) is None:
+                    raise ValueError(f"field {name} is missing")
+            if self.qk_rope_head_dim % 2:
+                raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; must be even")
+            return
+        heads, kv_heads = self.num_attention_heads, self.key_value_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"num_attention_heads is {heads}; must part hidden_size ({self.hidden_size}) into "
+                "heads of even size"
+            )
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads is {kv_heads}; must divide {heads} heads")
+        if self.head_dim not in (None, self.hidden_size // heads):
+            raise ValueError(
+                f"head_dim is {self.head_dim}; supported: hidden_size / num_attention_heads, "
+                f"{self.hidden_size // heads}"
+            )
+
+    def _check_routing(self) -> None:
+        E, reachable = self.n_routed_experts, self.n_routed_experts
+        if self.topk_method != "greedy":
+            least = 2 if self.topk_method == "noaux_tc" else 1  # experts that rank a group
+            if not self.n_group or E % self.n_group or E // self.n_group < least:
                 raise ValueError(
-                    f"n_group is {self.n_group}; must divide n_routed_experts "
-                    f"({self.n_routed_experts}) for group_limited_greedy"
+                    f"n_group is {self.n_group}; {self.topk_method} needs groups of equal size, "
+                    f"of n_routed_experts ({E}), at least {least} in each"
                 )
             if not self.topk_group or self.topk_group > self.n_group:
                 raise ValueError(
                     f"topk_group is {self.topk_group}; must be 1 to n_group ({self.n_group})"
                 )
-            reachable = self.n_routed_experts // self.n_group * self.topk_group
+            reachable = E // self.n_group * self.topk_group
         if self.num_experts_per_tok > reachable:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; "
                 f"a token can reach only {reachable} experts"
             )
+
+    def _check_rope(self) -> None:
         rope = self.rope_scaling
-        if rope is not None:
-            if not isinstance(rope, dict):
-                raise ValueError(f"rope_scaling is {rope!r}; must be an object or null")
-            kind = rope.get("rope_type", rope.get("type"))
-            if kind not in ("default", "yarn"):
-                raise ValueError(f"rope_scaling: type is {kind!r}; supported: 'default', 'yarn'")
-            if kind == "yarn":
-                numbers = {"factor": 1, "original_max_position_embeddings": 1}
-                numbers |= {
-                    key: 0
-                    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-                    if key in rope
-                }
-                for key, least in numbers.items():
-                    value = rope.get(key)
-                    if type(value) not in (int, float) or not least <= value < math.inf:
-                        raise ValueError(
-                            f"rope_scaling: {key} is {value!r}; must be a number from {least}"
-                        )
-                if rope.get("attention_factor") is not None:
-                    raise ValueError("rope_scaling: attention_factor is not supported")
+        if rope is None:
+            return
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling is {rope!r}; must be an object or null")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        kinds = ("default",) if self.model_type == "deepseek" else ("default", "yarn")
+        if kind not in kinds:
+            raise ValueError(
+                f"rope_scaling: type is {kind!r}; supported: {', '.join(map(repr, kinds))}"
+            )
+        known = {"rope_type", "type", "rope_theta"}
+        if kind == "yarn":
+            numbers = {"factor": 1, "original_max_position_embeddings": 1}
+            given = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+            numbers |= {name: 0 for name in given if rope.get(name) is not None}
+            for name, least in numbers.items():
+                value = rope.get(name)
+                if type(value) not in (int, float) or not least <= value < 1e30:
+                    raise ValueError(
+                        f"rope_scaling: {name} is {value!r}; must be a number from {least}"
+                    )
+            known |= {*numbers, *given}
+        for name in rope.keys() - known:  # an attention_factor or a partial_rotary_factor, say
+            if rope[name] is not None:
+                raise ValueError(f"rope_scaling: {name} is {rope[name]!r}; not supported")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """R; `deepseek` turns whole heads."""
+        if self.model_type == "deepseek":
+            return self.hidden_size // self.num_attention_heads
+        return self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """What a token leaves in a layer's cache: latent and rotary part, or keys and values."""
+        if self.model_type == "deepseek":
+            return 2 * self.key_value_heads * self.rotary_dim
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def normalises_gates(self) -> bool:
         return self.norm_topk_prob and self.num_experts_per_tok > 1
+
+    @property
+    def scales_gates(self) -> bool:
+        """V3 always multiplies by routed_scaling_factor, V2 where it does not normalise."""
+        return self.model_type == "deepseek_v3" or not self.normalises_gates
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
@@ -187,7 +296,7 @@ class ModelConfig:
 
     @property
     def yarn(self) -> dict | None:
-        rope = self.rope_scaling or {}
+        rope = {k: v for k, v in (self.rope_scaling or {}).items() if v is not None}
         return rope if rope.get("rope_type", rope.get("type")) == "yarn" else None
 
 
@@ -203,7 +312,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, float32, (..., R / 2) for integer `positions` (...), with YaRN where the config
     says."""
-    dim, theta = config.qk_rope_head_dim, config.rope_theta
+    dim, theta = config.rotary_dim, config.rope_theta
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
     inverse_frequency = 1.0 / theta ** (pairs / dim)  # (R/2,)
     scale = 1.0
@@ -229,11 +338,12 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos() * scale, angle.sin() * scale
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (0, 1), (2, 3), ... of x (..., R). The result holds all first members of the
-    pairs, then all second ones: an order that queries and keys share, so that their products do not
-    change."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turns the pairs (0, 1), (2, 3), ... of x (..., R) if `interleaved`, else (0, R/2), (1, R/2 +
+    1), ... The result holds all first members of the pairs, then all second ones: an order that
+    queries and keys share, so that their products do not change."""
+    pairs = x.float()
+    first, second = pairs.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else pairs.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
@@ -254,19 +364,63 @@ class RMSNorm(nn.Module):
 @dataclass
 class Cache:
     """What decoding remembers of the tokens seen: normalised latent and turned rotary key, nothing
-    a head."""
+    a head; of `deepseek`, turned keys and values of each head."""
 
-    latent: Tensor  # (L, B, length, C + R)
+    layers: Tensor  # (L, B, length, C + R) or (L, B, length, 2 * key-value heads * head size)
     seen: Tensor  # (B,) tokens seen so far
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, length: int, like: Tensor) -> "Cache":
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        latent = like.new_zeros(config.num_hidden_layers, rows, length, width)
-        return cls(latent, torch.zeros(rows, dtype=torch.int64, device=like.device))
+        layers = like.new_zeros(config.num_hidden_layers, rows, length, config.cache_width)
+        return cls(layers, torch.zeros(rows, dtype=torch.int64, device=like.device))
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
+    """The attention of `deepseek`: that of Llama, with as many key heads as query heads or fewer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, bias = config.hidden_size, config.attention_bias
+        self.head_dim = config.rotary_dim
+        key_width = config.key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(D, D, bias=bias)
+        self.k_proj = nn.Linear(D, key_width, bias=bias)
+        self.v_proj = nn.Linear(D, key_width, bias=bias)
+        self.o_proj = nn.Linear(D, D, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        past: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """As `LatentAttention.forward`; `past` (B, length, 2 * key width)."""
+        cos, sin = (table.unsqueeze(-2) for table in rope)
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads, R)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope(q, cos, sin, False), apply_rope(k, cos, sin, False)
+        seen = None
+        if past is not None:
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            past[rows, positions] = torch.cat([k, v], -2).flatten(2)
+            if x.shape[1] == 1:
+                k, v = past.unflatten(-1, (-1, self.head_dim)).chunk(2, -2)
+                seen = torch.arange(past.shape[1], device=x.device) <= positions[:, None, :, None]
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=seen,
+            is_causal=seen is None,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
 
     def __init__(self, config: ModelConfig):
@@ -278,7 +432,7 @@ class Attention(nn.Module):
             c.qk_rope_head_dim,
             c.v_head_dim,
         )
-        self.latent = c.kv_lora_rank
+        self.latent, self.interleaved = c.kv_lora_rank, c.rope_interleave
         query_width = self.heads * (self.nope + self.rope)
         # The norms in here use eps 1e-6, whatever rms_norm_eps says; so does the original.
         if c.q_lora_rank:
@@ -314,10 +468,10 @@ class Attention(nn.Module):
         )
         q = q.view(B, T, self.heads, -1)
         q_nope, q_rope = q.split([self.nope, self.rope], -1)
-        q_rope = apply_rope(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2))  # (B, T, H, R)
+        q_rope = apply_rope(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2), self.interleaved)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent, self.rope], -1)
         latent = self.kv_a_layernorm(latent)
-        k_rope = apply_rope(k_rope, cos, sin)  # one key for all heads
+        k_rope = apply_rope(k_rope, cos, sin, self.interleaved)  # one key for all heads
 
         if past is not None:
             past[torch.arange(B, device=x.device)[:, None], positions] = torch.cat(
@@ -369,29 +523,47 @@ class MLP(nn.Module):
 
 
 class Gate(nn.Module):
-    """Which K experts a token uses, with what weight (DeepSeekMoE, eq. 10; DeepSeek-V2, eq. 22)."""
+    """Which K experts a token uses, with what weight (DeepSeekMoE, eq. 10; DeepSeek-V2, eq. 22;
+    DeepSeek-V3, eq. 13 to 16)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        E, D = config.n_routed_experts, config.hidden_size
         self.config = config
+        self.weight = nn.Parameter(torch.zeros(E, D))
+        # V3 moves it by a rule during pretraining; it has no gradient, so it is no parameter.
+        bias = torch.zeros(E) if config.topk_method == "noaux_tc" else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn, recurse=True):
+        """The bias stays float32 whatever the model's dtype: it decides near ties."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.e_score_correction_bias.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, D) -> weights (N, K) float32, indices (N, K) int64, scores (N, E) float32."""
         c = self.config
         # In float32: near ties decide the routing.
-        scores = F.linear(x.float(), self.weight.float()).softmax(-1)
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
         choice = scores
-        if c.topk_method == "group_limited_greedy":  # the groups with the best single expert
-            groups = scores.view(len(scores), c.n_group, -1)
-            kept = groups.amax(-1).topk(c.topk_group, -1).indices  # (N, topk_group)
-            dropped = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(1, kept, False)
+        if c.topk_method == "noaux_tc":  # the bias chooses, the score without it weighs
+            choice = scores + self.e_score_correction_bias
+        if c.topk_method != "greedy":  # a token's experts come from the best groups alone
+            groups = choice.view(len(scores), c.n_group, -1)
+            # V3 ranks a group by its two best experts, V2 by the best one.
+            best = groups.topk(2 if c.topk_method == "noaux_tc" else 1, -1).values.sum(-1)
+            kept = best.topk(c.topk_group, -1).indices  # (N, topk_group)
+            dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
             choice = groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
         indices = choice.topk(c.num_experts_per_tok, -1).indices
         weights = scores.gather(1, indices)
-        if c.normalises_gates:  # normalised or scaled, as V2's own code
-            weights = weights / weights.sum(-1, keepdim=True)
-        else:
+        if c.normalises_gates:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if c.scales_gates:
             weights = weights * c.routed_scaling_factor
         return weights, indices, scores
 
@@ -540,9 +712,12 @@ class MoE(nn.Module):
 
     def balance_loss(self, scores: Tensor, indices: Tensor, rows: int) -> Tensor:
         """sum_i f_i P_i of each row (B,), not yet times aux_loss_alpha (DeepSeekMoE, eq. 12 to 14):
-        f_i the fraction of slots that chose expert i, times E; P_i its mean score. Perfect balance
-        gives 1. With seq_aux false the whole batch counts as one row."""
+        f_i the fraction of slots that chose expert i, times E; P_i its mean score, of sigmoids
+        their part of the token's sum (DeepSeek-V3, eq. 17 to 20). Perfect balance gives 1. With
+        seq_aux false the whole batch counts as one row."""
         E = scores.shape[-1]
+        if self.config.scoring_func == "sigmoid":
+            scores = scores / scores.sum(-1, keepdim=True)
         groups = rows if self.config.seq_aux else 1
         chosen = indices.view(groups, -1)  # (groups, slots)
         f = torch.zeros(groups, E, device=scores.device).scatter_add_(
@@ -555,7 +730,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        attention = MultiHeadAttention if config.model_type == "deepseek" else LatentAttention
+        self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = (
             MoE(config)
@@ -591,6 +767,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.fingerprint: str | None = None  # of the checkpoint that was loaded
+        self.replaced: dict[str, Tensor] = {}  # the base's tensors while an adapter is over them
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -615,7 +793,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(tokens)
         losses = []
         for i, block in enumerate(self.model.layers):
-            past = cache.latent[i] if cache is not None else None
+            past = cache.layers[i] if cache is not None else None
             if checkpointing:
                 x, loss = checkpoint(block, x, rope, past, positions, balance, use_reentrant=False)
             else:
@@ -713,31 +891,169 @@ def write_json(path: str | Path, value, indent: int | None = None) -> None:
         )
 
 
-def tensor_files(directory: str | Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, for a checkpoint in one file or with an
-    index."""
-    directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: field weight_map must map tensor names to files")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(
-                    f"{index}: {name} is in {file!r}; must be a file in the same directory"
-                )
-            if not (directory / file).is_file():
-                raise FileNotFoundError(f"{directory / file}: missing shard (it holds {name})")
-        return {name: directory / file for name, file in weight_map.items()}
-    single = directory / "model.safetensors"
-    if not single.is_file():
+def local_directory(name: str | Path, kind: str = "checkpoint") -> Path:
+    """The directory `name`, or, for a hub name like deepseek-ai/ESFT-vanilla-lite, the directory of
+    the Hugging Face cache that it was downloaded to: config, tokenizer and safetensors, no code.
+    What is there already is not downloaded again.
+
+    Raises FileNotFoundError that says what to do."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{name}: is a file; a {kind} directory is required")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name), re.ASCII):
+        raise FileNotFoundError(f"{name}: no such {kind} directory")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:  # the library raises its own, its HTTP client's and the system's
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{directory}: no model.safetensors and no model.safetensors.index.json"
+            f"{name}: no such {kind} directory, and it could not be had from the Hugging Face hub "
+            f"({type(error).__name__}: {reason:.300}). Check the name; for a gated one, log in with "
+            f"`hf auth login`; without a network, fetch it elsewhere with `hf download {name} "
+            "--local-dir DIR` and give DIR"
+        ) from None
+
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+READ_BYTES = 2**24  # what one thread reads and converts at a time
+
+
+@dataclass
+class StoredTensor:
+    """Where a safetensors file holds a tensor, or a part of one. Data are read when asked for."""
+
+    path: Path
+    name: str
+    dtype: str  # a key of DTYPES, or one that is not supported
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    scale: "StoredTensor | None" = None  # of FP8 weights: one factor a block
+    block: tuple[int, int] = (0, 0)  # rows and columns of an FP8 block
+
+    def check(self, shape, dtypes: tuple[str, ...] = ("BF16", "F16", "F32")) -> None:
+        """Raises ValueError for another shape, or a dtype that is none of `dtypes`."""
+        if self.shape != tuple(shape):
+            raise ValueError(
+                f"{self.path}: tensor {self.name} has shape {list(self.shape)}; "
+                f"the config asks for {list(shape)}"
+            )
+        if self.dtype not in dtypes and self.scale is None:
+            raise ValueError(
+                f"{self.path}: tensor {self.name} is {self.dtype}; supported: {', '.join(dtypes)}"
+            )
+
+    def part(self, skipped: int, shape: tuple[int, ...]) -> "StoredTensor":
+        """The tensor of that shape that begins `skipped` elements on."""
+        size = DTYPES[self.dtype].itemsize
+        return replace(self, shape=shape, offset=self.offset + skipped * size)
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        """The stored values, in the stored dtype, on the CPU; in `out`, a contiguous tensor of
+        that shape and dtype, if it is given."""
+        if out is None:
+            out = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        view = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            while view:
+                if not (count := file.readinto(view)):
+                    raise ValueError(f"{self.path}: ends within tensor {self.name}")
+                view = view[count:]
+        return out
+
+    def copy_to(self, target: Tensor, buffer: Tensor | None = None) -> None:
+        """Fills `target`, on any device and in any dtype, by blocks of rows; FP8 weights times
+        their scales, multiplied in float32. `buffer`: uint8 memory to read into."""
+        rows, width = self.shape[0], math.prod(self.shape[1:])
+        row_bytes = width * DTYPES[self.dtype].itemsize
+        step = max(READ_BYTES // row_bytes, 1)
+        scale = None
+        if self.scale is not None:
+            step = max(step // self.block[0], 1) * self.block[0]
+            scale = self.scale.read()
+            if not (scale.isfinite() & (scale >= 0)).all():
+                raise ValueError(
+                    f"{self.scale.path}: tensor {self.scale.name} holds a value that is not finite "
+                    "or negative; scales must be neither"
+                )
+            scale = scale.to(target.device)
+        in_place = target.dtype == DTYPES[self.dtype] and target.device.type == "cpu"
+        for first in range(0, rows, step):
+            shape = (min(step, rows - first), *self.shape[1:])
+            stored = self.part(first * width, shape)
+            goal = target[first : first + step]
+            if in_place:
+                stored.read(goal)
+                continue
+            size = shape[0] * row_bytes
+            memory = buffer if buffer is not None and len(buffer) >= size else torch.empty(0)
+            if not len(memory):
+                memory = torch.empty(size, dtype=torch.uint8)
+            values = stored.read(memory[:size].view(DTYPES[self.dtype]).view(shape))
+            values = values.to(target.device)
+            if scale is not None:
+                start = first // self.block[0]
+                values = dequantise(values, scale[start:], self.block)
+            goal.copy_(values)
+
+
+def dequantise(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """values (rows, columns) in FP8 times scale, one factor a block of block[0] x block[1], the
+    last ones ragged: float32 (rows, columns). Files call the factor `weight_scale_inv`, but it is
+    what weights are multiplied by."""
+    rows, columns = values.shape
+    factors = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)
+    return values.float() * factors[:, :columns]
+
+
+def fp8_block(quantization: dict) -> tuple[int, int]:
+    """Rows and columns of a block. Raises ValueError for another quantisation than V3's."""
+    expected = {"quant_method": "fp8", "fmt": "e4m3"}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config is {quantization!r}; must be an object or null")
+    for name, value in expected.items():
+        if quantization.get(name, "e4m3") != value:
+            raise ValueError(
+                f"quantization_config: {name} is {quantization.get(name)!r}; supported: {value!r}"
+            )
+    block = quantization.get("weight_block_size")
+    if not (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(type(size) is int and 1 <= size < 2**19 for size in block)
+    ):
+        raise ValueError(
+            f"quantization_config: weight_block_size is {block!r}; two integers are required"
         )
-    with open_tensors(single) as file:
-        return {name: single for name in file.keys()}
+    return tuple(block)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds. Raises ValueError that names the file."""
+    with open_tensors(path):  # the library checks the header: sizes, gaps, the file's end
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: StoredTensor(
+            path,
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 @contextmanager
@@ -747,6 +1063,140 @@ def open_tensors(path: Path):
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def stored_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint in one file or with an index, under the files' names; FP8 weights
+    with their scales, wherever these lie. Reads headers only.
+
+    Raises FileNotFoundError or ValueError that names file and tensor."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: field weight_map must map tensor names to files")
+        for name, file in weight_map.items():
+            if not (isinstance(file, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", file)):
+                raise ValueError(
+                    f"{index}: {name} is in {file!r}; must be a .safetensors file in the same "
+                    "directory"
+                )
+        headers = {}
+        for name, file in weight_map.items():
+            if file not in headers:
+                if not (directory / file).is_file():
+                    raise FileNotFoundError(f"{directory / file}: missing shard (it holds {name})")
+                headers[file] = read_header(directory / file)
+            if name not in headers[file]:
+                raise ValueError(f"{directory / file}: tensor {name} is missing")
+        tensors = {name: headers[file][name] for name, file in weight_map.items()}
+    elif (directory / "model.safetensors").is_file():
+        tensors = read_header(directory / "model.safetensors")
+    else:
+        raise FileNotFoundError(
+            f"{directory}: no model.safetensors and no model.safetensors.index.json"
+        )
+    for name, stored in tensors.items():
+        if stored.dtype == "F8_E4M3":
+            add_scale(stored, tensors, config)
+    scales = {stored.scale.name for stored in tensors.values() if stored.scale is not None}
+    return {name: stored for name, stored in tensors.items() if name not in scales}
+
+
+def add_scale(stored: StoredTensor, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    name = f"{stored.name}_scale_inv"
+    if config.quantization_config is None or name not in tensors or len(stored.shape) != 2:
+        raise ValueError(
+            f"{stored.path}: tensor {stored.name} is F8_E4M3; required: a matrix, a tensor {name}, "
+            "and quantization_config in config.json"
+        )
+    stored.block = fp8_block(config.quantization_config)
+    tensors[name].check(
+        [-(-size // block) for size, block in zip(stored.shape, stored.block)], ("F32",)
+    )
+    stored.scale = tensors[name]
+
+
+FUSED = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts\.)(gate_up_proj|down_proj)")
+
+
+def split_experts(stored: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Name -> part, for each expert of a tensor that holds a layer's: gate_up_proj (E, 2I, D) or
+    down_proj (E, D, I)."""
+    prefix, _, kind = FUSED.fullmatch(stored.name).groups()
+    E, I, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+    stored.check((E, 2 * I, D) if kind == "gate_up_proj" else (E, D, I))
+    if kind == "down_proj":
+        return {
+            f"{prefix}{e}.down_proj.weight": stored.part(e * D * I, (D, I)) for e in range(E)
+        }
+    return {
+        f"{prefix}{e}.{half}_proj.weight": stored.part((2 * e + i) * I * D, (I, D))
+        for e in range(E)
+        for i, half in enumerate(("gate", "up"))
+    }
+
+
+def read_checkpoint(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """A checkpoint's config and its tensors under the model's names, compared with each other:
+    every tensor that the model needs is there, in its shape, and no other. Reads headers only.
+
+    Passed over are layers for multi-token prediction and tables of rotary frequencies. Raises
+    FileNotFoundError, or ValueError that names file and tensor."""
+    config = ModelConfig.from_json(directory / "config.json")
+    found: dict[str, StoredTensor] = {}
+    layers = range(config.num_hidden_layers)
+    extra = range(layers.stop, layers.stop + config.num_nextn_predict_layers)
+    for name, stored in stored_tensors(directory, config).items():
+        layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
+        if (layer and int(layer[1]) in extra) or name.endswith(".rotary_emb.inv_freq"):
+            continue
+        fused = FUSED.fullmatch(name) and config.is_moe(int(layer[1]))
+        found |= split_experts(stored, config) if fused else {name: stored}
+
+    # These two first: building a model of absurd size, even without weights, takes its time.
+    for layer in layers:
+        if f"model.layers.{layer}.input_layernorm.weight" not in found:
+            raise ValueError(
+                f"{directory}: tensors of layer {layer} are missing; num_hidden_layers is "
+                f"{config.num_hidden_layers}"
+            )
+    for layer in config.moe_layers:
+        if gate := found.get(f"model.layers.{layer}.mlp.gate.weight"):
+            gate.check((config.n_routed_experts, config.hidden_size))
+    expected = {name: t.shape for name, t in build_model(config, "meta").state_dict().items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in found:
+        del expected["lm_head.weight"]
+    for problem, names in (
+        ("are missing", expected.keys() - found.keys()),
+        ("do not belong to this config", found.keys() - expected.keys()),
+    ):
+        if names:
+            raise ValueError(
+                f"{directory}: {len(names)} tensors {problem}: {', '.join(sorted(names)[:5])}"
+            )
+    for name, shape in expected.items():
+        found[name].check(shape)
+    return config, found
+
+
+def fingerprint(tensors: dict[str, StoredTensor]) -> str:
+    """Says which weights a checkpoint holds, however it stores them (one file or many, experts one
+    by one or fused, float32, bfloat16 or FP8): the hash of the first 64 values of the first row of
+    each tensor, rounded to bfloat16. `tensors` as of `read_checkpoint`."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors.keys() - {"lm_head.weight"}):  # equal to the embedding where tied
+        stored = tensors[name]
+        count = min(64, stored.shape[-1])
+        values = stored.part(0, (count,)).read().float()
+        if stored.scale is not None:
+            width = stored.block[1]
+            factors = stored.scale.part(0, (-(-count // width),)).read()
+            values = values * factors.repeat_interleave(width)[:count]
+        digest.update(f"{name} {list(stored.shape)} ".encode())
+        digest.update(values.bfloat16().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def build_model(
@@ -791,59 +1241,49 @@ def load_model(
     adapter: str | Path | None = None,
     experts: str = "auto",
 ) -> Transformer:
-    """The checkpoint in directory `path`, with `adapter` over it. Everything is frozen.
+    """The checkpoint in directory `path` or of that hub name, with `adapter` over it. Everything is
+    frozen.
 
     Names and shapes are compared with the config before memory is taken; then each tensor is read
-    once, straight to its place. Raises FileNotFoundError and ValueError that name file, tensor and
-    shape."""
-    path = Path(path)
+    once, straight to its place. Raises OSError and ValueError that name file, tensor and shape."""
     check_device(device)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such checkpoint directory")
-    config = ModelConfig.from_json(path / "config.json")
-    files = tensor_files(path)
-    expected = {name: p.shape for name, p in build_model(config, "meta").named_parameters()}
-    if missing := sorted(expected.keys() - files.keys()):
-        raise ValueError(f"{path}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
-    if unexpected := sorted(files.keys() - expected.keys()):
-        raise ValueError(
-            f"{path}: {len(unexpected)} tensors do not belong to this config: "
-            f"{', '.join(unexpected[:5])}"
-        )
-    by_file: dict[Path, list[str]] = {}
-    for name, file in files.items():
-        by_file.setdefault(file, []).append(name)
-    for file, names in by_file.items():
-        check_shapes(file, {name: expected[name] for name in names})
+    path = local_directory(path)
+    config, stored = read_checkpoint(path)
     model = build_model(config, device, dtype, experts)
-    parameters = dict(model.named_parameters())
-    for file, names in tqdm(by_file.items(), desc="load", unit="file", leave=False, disable=None):
-        with open_tensors(file) as tensors, torch.no_grad():
-            for name in names:
-                parameters[name].copy_(tensors.get_tensor(name))
+    targets = model.state_dict()
+    if config.tie_word_embeddings:
+        check_tied(stored)
+        targets.pop("lm_head.weight")
+    local = threading.local()
+
+    def load(name: str) -> int:
+        if not hasattr(local, "buffer"):  # pinned: the GPU's copy engine reads it directly
+            pinned = targets[name].is_cuda
+            local.buffer = torch.empty(READ_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        stored[name].copy_to(targets[name], local.buffer)
+        return targets[name].nbytes
+
+    total = sum(tensor.nbytes for tensor in targets.values())
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count())) as pool,
+        tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, disable=None) as bar,
+    ):
+        for count in pool.map(load, targets):
+            bar.update(count)
+    model.fingerprint = fingerprint(stored)
     if adapter is not None:
         load_adapter(model, adapter)
     return model
 
 
-def check_shapes(file: Path, shapes: dict[str, torch.Size]) -> None:
-    """Raises ValueError for a tensor that the safetensors file lacks or has in another shape or
-    kind."""
-    with open_tensors(file) as tensors:
-        present = set(tensors.keys())
-        for name, shape in shapes.items():
-            if name not in present:
-                raise ValueError(f"{file}: tensor {name} is missing")
-            found = tensors.get_slice(name)
-            if tuple(found.get_shape()) != tuple(shape):
-                raise ValueError(
-                    f"{file}: tensor {name} has shape {list(found.get_shape())}; "
-                    f"the config asks for {list(shape)}"
-                )
-            if found.get_dtype() not in ("BF16", "F16", "F32"):
-                raise ValueError(
-                    f"{file}: tensor {name} is {found.get_dtype()}; supported: BF16, F16, F32"
-                )
+def check_tied(stored: dict[str, StoredTensor]) -> None:
+    """Raises ValueError where a checkpoint with tied embeddings stores a head that differs."""
+    head, embedding = stored.get("lm_head.weight"), stored["model.embed_tokens.weight"]
+    if head is not None and not torch.equal(head.read(), embedding.read()):
+        raise ValueError(
+            f"{head.path}: tensor lm_head.weight differs from model.embed_tokens.weight, but "
+            "tie_word_embeddings is true in config.json"
+        )
 
 
 # ------------------------------------------------------------------------------------------
@@ -926,71 +1366,75 @@ def mark_trainable(model: Transformer, expert_cfg: dict) -> None:
 
 def save_adapter(model: Transformer, expert_cfg: dict, directory: str | Path) -> None:
     """Writes the selected tensors in the published ESFT format: expert_cfg.json and
-    adapter.safetensors."""
-    tensors = {
-        name: p.detach().cpu().clone() for name, p in trained_parameters(model, expert_cfg).items()
-    }
+    adapter.safetensors, whose metadata name the base."""
+    trained = trained_parameters(model, expert_cfg)
+    tensors = {name: p.detach().cpu().clone() for name, p in trained.items()}
+    metadata = {"format": "pt"}
+    if model.fingerprint:
+        metadata["base_fingerprint"] = model.fingerprint
     with replacing(Path(directory) / "adapter.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    write_json(Path(directory) / "expert_cfg.json", expert_cfg)
+        save_file(tensors, part, metadata=metadata)
+    # The original code asks for every MoE layer, also for one in which nothing is selected.
+    experts = {str(i): expert_cfg["experts"].get(str(i), []) for i in model.config.moe_layers}
+    write_json(Path(directory) / "expert_cfg.json", {**expert_cfg, "experts": experts})
 
 
-def read_adapter(directory: str | Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of an adapter, under this model's names, checked against its expert_cfg and the
-    config.
+def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]:
+    """Where an adapter's tensors are, under the model's names, compared with its expert_cfg and
+    with the model: exactly what is selected, in its shapes, trained on this base (which released
+    adapters do not say). Reads headers only.
 
-    Reads every *.safetensors file of the directory, as the original code does. Version-1 adapters
-    lack the prefix "model.". Raises FileNotFoundError, or ValueError that names file and tensor.
-    """
-    directory = Path(directory)
-    expert_cfg = read_expert_cfg(directory / "expert_cfg.json", config)
-    expected = {
-        name: p.shape
-        for name, p in trained_parameters(build_model(config, "meta"), expert_cfg).items()
-    }
-    tensors: dict[str, Tensor] = {}
+    Takes every *.safetensors file of the directory, as the original code does. Version-1 adapters
+    lack the prefix "model.". Raises FileNotFoundError, or ValueError that names file and tensor."""
+    expert_cfg = read_expert_cfg(directory / "expert_cfg.json", model.config)
+    expected = {name: p.shape for name, p in trained_parameters(model, expert_cfg).items()}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory}: an adapter needs a .safetensors file")
+    found: dict[str, StoredTensor] = {}
     for path in files:
         with open_tensors(path) as file:
-            for stored in file.keys():
-                name = "model." + stored if stored.startswith("layers.") else stored
-                if name not in expected:
-                    raise ValueError(
-                        f"{path}: tensor {stored} is not selected by {directory}/expert_cfg.json"
-                    )
-                if name in tensors:
-                    raise ValueError(
-                        f"{path}: tensor {stored} is in another file of {directory}, too"
-                    )
-                tensor = file.get_tensor(stored)
-                if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                    raise ValueError(
-                        f"{path}: tensor {stored} is {tensor.dtype}; a float is required"
-                    )
-                if tensor.shape != expected[name]:
-                    raise ValueError(
-                        f"{path}: tensor {stored} has shape {list(tensor.shape)}; "
-                        f"the base model asks for {list(expected[name])}"
-                    )
-                tensors[name] = tensor
-    if missing := sorted(expected.keys() - tensors.keys()):
+            base = (file.metadata() or {}).get("base_fingerprint")
+        if base and model.fingerprint and base != model.fingerprint:
+            raise ValueError(
+                f"{path}: belongs to another base checkpoint (fingerprint {base}; "
+                f"this base's is {model.fingerprint})"
+            )
+        for stored in read_header(path).values():
+            name = "model." + stored.name if stored.name.startswith("layers.") else stored.name
+            if name not in expected:
+                raise ValueError(
+                    f"{path}: tensor {stored.name} is not selected by {directory}/expert_cfg.json"
+                )
+            if name in found:
+                raise ValueError(
+                    f"{path}: tensor {stored.name} is in another file of {directory}, too"
+                )
+            stored.check(expected[name])
+            found[name] = stored
+    if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(
             f"{directory}: {len(missing)} selected tensors are missing: {', '.join(missing[:5])}"
         )
-    return tensors
+    return found
 
 
-def load_adapter(model: Transformer, directory: str | Path) -> dict[str, Tensor]:
-    """Puts an adapter's tensors in place and returns those that stood there, on the CPU: hand them
-    to `put_tensors` to have the base back bit for bit. Nothing changes unless the whole adapter is
-    right."""
-    tensors = read_adapter(directory, model.config)
+def load_adapter(model: Transformer, directory: str | Path) -> None:
+    """Puts the adapter in a directory or of a hub name over the base, in place of the one that is
+    over it, if any. Nothing changes unless the whole adapter is right."""
+    stored = read_adapter(local_directory(directory, "adapter"), model)
+    remove_adapter(model)
     parameters = dict(model.named_parameters())
-    replaced = {name: parameters[name].detach().to("cpu", copy=True) for name in tensors}
-    put_tensors(model, tensors)
-    return replaced
+    model.replaced = {name: parameters[name].detach().to("cpu", copy=True) for name in stored}
+    with torch.no_grad():
+        for name in stored:
+            stored[name].copy_to(parameters[name])
+
+
+def remove_adapter(model: Transformer) -> None:
+    """Puts the base's own tensors back, bit for bit."""
+    put_tensors(model, model.replaced)
+    model.replaced = {}
 
 
 def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
@@ -1003,31 +1447,64 @@ def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
     """Writes `base` with the adapter's tensors in place as a complete checkpoint, file by file, in
-    the base's dtypes. Config and tokenizer are copied; code is not. `output` appears when whole."""
-    base, output = Path(base), Path(output)
-    config = ModelConfig.from_json(base / "config.json")
-    tensors = read_adapter(adapter, config)
-    files = tensor_files(base)
-    if missing := sorted(tensors.keys() - files.keys()):
-        raise ValueError(
-            f"{base}: {len(missing)} of the adapter's tensors are missing: {missing[0]}"
-        )
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output}: must be empty or not exist")
+    the base's dtypes, FP8 as bfloat16. Config and tokenizer are copied; code is not. At most one
+    file's tensors are in memory. `output` appears when whole."""
+    base, output = local_directory(base), Path(output)
+    config, tensors = read_checkpoint(base)
+    model = build_model(config, "meta")
+    model.fingerprint = fingerprint(tensors)
+    trained = read_adapter(local_directory(adapter, "adapter"), model)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in trained:
+        trained["lm_head.weight"] = trained["model.embed_tokens.weight"]
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output}: must be an empty directory or not exist")
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for path in tqdm(sorted(set(files.values())), desc="merge", unit="file", disable=None):
-        with open_tensors(path) as file:
-            merged = {name: file.get_tensor(name) for name in file.keys()}
-        for name in merged.keys() & tensors.keys():
-            merged[name] = tensors[name].to(merged[name].dtype)
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for stored in stored_tensors(base, config).values():
+        by_file.setdefault(stored.path, []).append(stored)
+    weight_map, total = {}, 0
+    for path in tqdm(sorted(by_file), desc="merge", unit="file", disable=None):
+        merged = {s.name: merged_tensor(s, trained, config) for s in by_file[path]}
+        weight_map |= {name: path.name for name in merged}
+        total += sum(tensor.nbytes for tensor in merged.values())
         with replacing(part / path.name) as target:
             save_file(merged, target, metadata={"format": "pt"})
+        del merged
+    if (base / "model.safetensors.index.json").exists():
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(part / "model.safetensors.index.json", index, indent=2)
     for path in sorted(base.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model") or path.name.startswith("LICENSE"):
+        copied = path.suffix in (".json", ".jinja", ".txt", ".model")
+        if copied and not (part / path.name).exists() or path.name.startswith("LICENSE"):
             shutil.copyfile(path, part / path.name)
+    if config.quantization_config is not None:
+        raw = read_json(base / "config.json")
+        del raw["quantization_config"]
+        raw["dtype" if "dtype" in raw else "torch_dtype"] = "bfloat16"
+        write_json(part / "config.json", raw, indent=2)
     os.replace(part, output)
+
+
+def merged_tensor(
+    stored: StoredTensor, trained: dict[str, StoredTensor], config: ModelConfig
+) -> Tensor:
+    """A base's tensor, or the adapter's in its place; for a tensor that holds all experts of a
+    layer, some of each."""
+    quantised = stored.scale is not None
+    dtype = torch.bfloat16 if quantised else DTYPES.get(stored.dtype)
+    if dtype is None:
+        raise ValueError(f"{stored.path}: tensor {stored.name} is {stored.dtype}; not supported")
+    tensor = torch.empty(stored.shape, dtype=dtype)
+    trained.get(stored.name, stored).copy_to(tensor)
+    if FUSED.fullmatch(stored.name):
+        flat = tensor.view(-1)
+        for name, piece in split_experts(stored, config).items():
+            if name in trained:
+                start = (piece.offset - stored.offset) // dtype.itemsize
+                trained[name].copy_to(flat[start : start + math.prod(piece.shape)].view(piece.shape))
+    return tensor
 
 
 def main() -> None:
@@ -1038,9 +1515,13 @@ def main() -> None:
         help="write a base checkpoint with an adapter's experts in place",
         description="Writes a complete checkpoint, base and adapter in one, for use anywhere.",
     )
-    merging.add_argument("--model", required=True, help="directory of the base checkpoint")
     merging.add_argument(
-        "--adapter", required=True, help="directory with expert_cfg.json and .safetensors"
+        "--model", required=True, help="base checkpoint: a directory or a hub name"
+    )
+    merging.add_argument(
+        "--adapter",
+        required=True,
+        help="a directory with expert_cfg.json and .safetensors, or a hub name",
     )
     merging.add_argument(
         "--output", required=True, help="directory to write; must not hold anything yet"

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import by_length, encode_file, load_tokenizer, pad, sample_tokens
+from data import CHAT_FORMATS, by_length, encode_file, load_tokenizer, pad, sample_tokens
 from model import (
     MoE,
     Transformer,
     check_output_file,
     choose_dtype,
     load_model,
+    local_directory,
     read_json,
     write_json,
 )
@@ -56,7 +57,7 @@ def collect_scores(
     def record(layer: int):
         def hook(gate, inputs, outputs):
             weights, indices, _ = outputs  # (N, K)
-            gates = weights if config.normalises_gates else weights / config.routed_scaling_factor
+            gates = weights / config.routed_scaling_factor if config.scales_gates else weights
             ratios = torch.full_like(gates, 1 / config.num_experts_per_tok)
             both = torch.stack([ratios, gates]).double() * valid[:, None]  # (2, N, K)
             both = both * per_row[:, None]
@@ -214,7 +215,8 @@ def main() -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--model", help="checkpoint directory; scores are collected with it on --data"
+        "--model",
+        help="checkpoint, a directory or a hub name; scores are collected with it on --data",
     )
     source.add_argument(
         "--scores", help="a score file written before: select again without a model"
@@ -261,6 +263,12 @@ def main() -> None:
         action="store_true",
         help="train attention, norms, embeddings, router and head, too",
     )
+    parser.add_argument(
+        "--chat_format",
+        choices=CHAT_FORMATS,
+        default="",
+        help="how messages become text (default: that of the model's family)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -291,9 +299,10 @@ def main() -> None:
         if args.scores:
             scores = read_scores(args.scores)
         else:
-            tokenizer = load_tokenizer(args.model)
+            base = local_directory(args.model)
+            tokenizer = load_tokenizer(base, args.chat_format)
             samples = encode_file(args.data, tokenizer)
-            model = load_model(args.model, args.device, choose_dtype(args.dtype, args.device))
+            model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
             drawn = sample_tokens(samples, args.n_sample_tokens, args.seq_length, args.seed)
             scores = collect_scores(model, scoring_batches(drawn, tokenizer.eos_id), args.average)
             wrote.append(str(Path(args.output).with_suffix(".scores.json")))

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import (
+    CHAT_FORMATS,
     IGNORE,
     Sample,
     Tokenizer,
@@ -43,6 +44,7 @@ from model import (
     everything,
     load_adapter,
     load_model,
+    local_directory,
     mark_trainable,
     open_tensors,
     read_expert_cfg,
@@ -72,7 +74,7 @@ def key(default, meaning: str):
 
 @dataclass
 class TrainConfig:
-    model: str = key("", "directory of the base checkpoint")
+    model: str = key("", "base checkpoint: a directory or a hub name")
     data: str = key(
         "", "training data: JSON lines with rows of messages, or of prompt and completion"
     )
@@ -98,6 +100,9 @@ class TrainConfig:
     )
 
     # Data
+    chat_format: str = key(
+        "", "how messages become text: deepseek_v2, deepseek_v3 (default: the model family's)"
+    )
     seq_length: int = key(4096, "tokens of a packed row")
     random_concat_ratio: float = key(
         0.2, "how often a sample that joins others in a row loses its first token"
@@ -173,6 +178,7 @@ class TrainConfig:
             "score": tuple(DEFAULT_TOP_P),
             "selection": ("highest", "random"),
             "average": ("tokens", "samples"),
+            "chat_format": ("", *CHAT_FORMATS),
             "schedule": ("constant", "linear", "cosine"),
             "dtype": ("", "bfloat16", "float32"),
             "experts": ("auto", *EXPERT_PATHS),
@@ -596,8 +602,9 @@ class Job:
 def prepare(config: TrainConfig) -> Job | None:
     """Reads and checks all input, evaluates the base, and chooses what is trained. Only then, and
     after every file was found right, is the model loaded. None if the run is finished already."""
-    model_config = ModelConfig.from_json(Path(config.model) / "config.json")
-    tokenizer = load_tokenizer(config.model)
+    base = local_directory(config.model)
+    model_config = ModelConfig.from_json(base / "config.json")
+    tokenizer = load_tokenizer(base, config.chat_format)
     samples = encode_file(config.data, tokenizer)
     rows, held_out = prepare_rows(config, samples, tokenizer)
     for entry in config.eval_sets:
@@ -611,9 +618,7 @@ def prepare(config: TrainConfig) -> Job | None:
     output = Path(config.output_dir)
     if (output / "results.json").exists() and not config.overwrite:
         return None
-    model = load_model(
-        config.model, config.device, getattr(torch, config.dtype), experts=config.experts
-    )
+    model = load_model(base, config.device, getattr(torch, config.dtype), experts=config.experts)
     if config.overwrite and output.exists():  # only now that the new run is known to start
         shutil.rmtree(output)
     write_json(output / "train_config.json", identity(config), indent=2)

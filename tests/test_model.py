@@ -21,6 +21,7 @@ from model import (
     mark_trainable,
     merge,
     put_tensors,
+    remove_adapter,
     rope_table,
     save_adapter,
     trained_parameters,
@@ -277,12 +278,13 @@ def test_adapters_swap_and_leave_the_base_bit_identical(checkpoint, tmp_path):
         save_adapter(model, cfg, tmp_path / str(i))
         put_tensors(model, replaced)
         assert load_file(tmp_path / str(i) / "adapter.safetensors").keys() == replaced.keys()
-    for i, cfg in enumerate(configs):
-        replaced = load_adapter(model, tmp_path / str(i))
+    for i in (0, 1, 0):  # one in place of the other, without taking it off first
+        load_adapter(model, tmp_path / str(i))
+        changed = trained_parameters(model, configs[i])
         for name, p in model.named_parameters():
-            assert torch.equal(p, base[name] + 1 if name in replaced else base[name])
-        put_tensors(model, replaced)
-        assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
+            assert torch.equal(p, base[name] + 1 if name in changed else base[name])
+    remove_adapter(model)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
 
 
 def test_version_1_adapter_names(checkpoint, tmp_path):
@@ -318,7 +320,7 @@ def test_merged_checkpoint_loads_in_transformers(checkpoint, tmp_path):
     merge(checkpoint, tmp_path / "half", tmp_path / "merged_half")
     tensors = load_file(tmp_path / "merged_half" / "model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
-    with pytest.raises(FileExistsError, match="must be empty"):
+    with pytest.raises(FileExistsError, match="must be an empty directory"):
         merge(checkpoint, tmp_path / "adapter", tmp_path / "merged")
 
 

@@ -13,7 +13,7 @@ LOCAL = {
     "eval": {"model", "data"},
     "train": {"model", "data", "select_experts", "eval"},
 }
-PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "matplotlib"}
+PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "huggingface_hub", "matplotlib"}
 
 
 def imports(name: str) -> set[str]:
