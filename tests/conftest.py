@@ -17,8 +17,8 @@ torch.set_num_threads(2)
 SHARED = ROOT.parent / "shared" / "data"  # published data, used where it is present
 
 
-def random_config(seed: int) -> dict:
-    """Fields of a small DeepSeek-V2 config; over the seeds every branch of the model is taken."""
+def random_config(seed: int, family: str = "deepseek_v2") -> dict:
+    """Fields of a small config of a family; over the seeds every branch of the model is taken."""
     draw = random.Random(seed)
     heads = draw.choice([2, 4])
     config = dict(
@@ -60,20 +60,138 @@ def random_config(seed: int) -> dict:
             beta_fast=32,
             beta_slow=1,
         )
+    if family == "deepseek_v3":
+        del config["topk_method"]  # transformers' configs of V3 do not name it
+        config.update(
+            norm_topk_prob=seed % 4 != 1,
+            n_group=draw.choice([1, 2, 4]),
+            rope_interleave=seed % 5 != 4,
+            tie_word_embeddings=seed % 6 == 5,
+        )
+        config["topk_group"] = draw.randint(min(2, config["n_group"]), config["n_group"])
+    if family == "deepseek":
+        for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
+            del config[name]
+        del config["v_head_dim"]
+        config.pop("rope_parameters", None)
+        config.update(
+            num_key_value_heads=draw.choice([1, heads]),
+            rope_theta=draw.choice([10000.0, 500.0]),
+            routed_scaling_factor=1.0,
+            topk_method="greedy",
+        )
     return config
+
+
+class LlamaMoE(torch.nn.Module):
+    """DeepSeekMoE-16B's architecture, which transformers lacks, put together from its Llama
+    attention and its V2 MoE."""
+
+    def __init__(self, fields: dict):
+        from transformers import DeepseekV2Config, LlamaConfig
+        from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP, DeepseekV2Moe
+        from transformers.models.llama import modeling_llama as llama
+
+        super().__init__()
+        names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "attention_bias")
+        theta = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
+        config = LlamaConfig(**{name: fields[name] for name in names}, rope_parameters=theta)
+        config._attn_implementation = "eager"
+        moe_config = DeepseekV2Config(**{k: v for k, v in fields.items() if k != "rope_theta"})
+        moe_config._experts_implementation = "eager"
+        size, eps = fields["hidden_size"], fields["rms_norm_eps"]
+        self.model = torch.nn.Module()
+        self.model.embed_tokens = torch.nn.Embedding(fields["vocab_size"], size)
+        self.model.layers = torch.nn.ModuleList()
+        for i in range(fields["num_hidden_layers"]):
+            layer = torch.nn.Module()
+            layer.input_layernorm = llama.LlamaRMSNorm(size, eps)
+            layer.self_attn = llama.LlamaAttention(config, i)
+            layer.post_attention_layernorm = llama.LlamaRMSNorm(size, eps)
+            dense = i < fields["first_k_dense_replace"]
+            layer.mlp = DeepseekV2MLP(moe_config) if dense else DeepseekV2Moe(moe_config)
+            self.model.layers.append(layer)
+        self.model.norm = llama.LlamaRMSNorm(size, eps)
+        self.lm_head = torch.nn.Linear(size, fields["vocab_size"], bias=False)
+        self.rotary = llama.LlamaRotaryEmbedding(config)
+
+    def forward(self, tokens):
+        from types import SimpleNamespace
+
+        x = self.model.embed_tokens(tokens)
+        length = tokens.shape[1]
+        rope = self.rotary(x, torch.arange(length)[None])
+        mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+        for layer in self.model.layers:
+            x = x + layer.self_attn(layer.input_layernorm(x), rope, mask)[0]
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return SimpleNamespace(logits=self.lm_head(self.model.norm(x)))
+
+
+def one_by_one(tensors: dict) -> dict:
+    """transformers holds the experts of a layer in one tensor; cut into the published names."""
+    separate = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(tensor):
+                for half, part in zip(("gate", "up"), both.chunk(2)):
+                    separate[name.replace("gate_up_proj", f"{e}.{half}_proj.weight")] = part
+        elif name.endswith("experts.down_proj"):
+            for e, part in enumerate(tensor):
+                separate[name.replace("down_proj", f"{e}.down_proj.weight")] = part
+        else:
+            separate[name] = tensor
+    return separate
+
+
+def make_oracle(seed: int, family: str = "deepseek_v2", **changes):
+    """A random model that nobody here wrote, with weights large enough to tell errors."""
+    import transformers
+
+    torch.manual_seed(seed)
+    fields = {**random_config(seed, family), **changes}
+    if family == "deepseek":
+        oracle = LlamaMoE(fields)
+    else:
+        name = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}[family]
+        config = getattr(transformers, f"{name}Config")(**fields)
+        oracle = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():  # transformers' initial weights are so small that every logit is about 0
+        for name, parameter in oracle.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        for name, buffer in oracle.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
+    return oracle.eval()
 
 
 def save_with_transformers(directory, seed: int = 1, max_shard_size="50GB", **changes):
     """A random checkpoint written by transformers' save_pretrained; returns transformers' model."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-
-    torch.manual_seed(seed)
-    oracle = DeepseekV2ForCausalLM(DeepseekV2Config(**{**random_config(seed), **changes}))
-    with torch.no_grad():  # transformers' initial weights are so small that every logit is about 0
-        for name, parameter in oracle.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    oracle.eval().save_pretrained(directory, max_shard_size=max_shard_size)
+    oracle = make_oracle(seed, **changes)
+    oracle.save_pretrained(directory, max_shard_size=max_shard_size)
     return oracle
+
+
+def write_checkpoint(directory, config: dict, tensors: dict, shards: int = 1) -> None:
+    """config.json and tensors in one file, or dealt out over several with an index."""
+    import json
+
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
+        save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= {name: file for name in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def save_tokenizer(directory) -> None:
