@@ -1363,18 +1363,16 @@ def mark_trainable(model: Transformer, expert_cfg: dict) -> None:
 
 
 def save_adapter(model: Transformer, expert_cfg: dict, directory: str | Path) -> None:
-    """Writes the selected tensors in the published ESFT format: expert_cfg.json and
-    adapter.safetensors, whose metadata name the base."""
+    """Writes the selected tensors in the published ESFT format, adapter.safetensors and
+    expert_cfg.json; the latter also names the base, which other readers pass over."""
     trained = trained_parameters(model, expert_cfg)
     tensors = {name: p.detach().cpu().clone() for name, p in trained.items()}
-    metadata = {"format": "pt"}
-    if model.fingerprint:
-        metadata["base_fingerprint"] = model.fingerprint
     with replacing(Path(directory) / "adapter.safetensors") as part:
-        save_file(tensors, part, metadata=metadata)
+        save_file(tensors, part, metadata={"format": "pt"})
     # The original code asks for every MoE layer, also for one in which nothing is selected.
     experts = {str(i): expert_cfg["experts"].get(str(i), []) for i in model.config.moe_layers}
-    write_json(Path(directory) / "expert_cfg.json", {**expert_cfg, "experts": experts})
+    named = {**expert_cfg, "experts": experts, "base_fingerprint": model.fingerprint}
+    write_json(Path(directory) / "expert_cfg.json", named)
 
 
 def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]:
@@ -1385,19 +1383,18 @@ def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]
     Takes every *.safetensors file of the directory, as the original code does. Version-1 adapters
     lack the prefix "model.". Raises FileNotFoundError, or ValueError that names file and tensor."""
     expert_cfg = read_expert_cfg(directory / "expert_cfg.json", model.config)
+    base = expert_cfg.get("base_fingerprint")
+    if base is not None and model.fingerprint is not None and base != model.fingerprint:
+        raise ValueError(
+            f"{directory}/expert_cfg.json: base_fingerprint is {base!r}; the adapter belongs to "
+            f"another base checkpoint than this one, whose fingerprint is {model.fingerprint!r}"
+        )
     expected = {name: p.shape for name, p in trained_parameters(model, expert_cfg).items()}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory}: an adapter needs a .safetensors file")
     found: dict[str, StoredTensor] = {}
     for path in files:
-        with open_tensors(path) as file:
-            base = (file.metadata() or {}).get("base_fingerprint")
-        if base and model.fingerprint and base != model.fingerprint:
-            raise ValueError(
-                f"{path}: belongs to another base checkpoint (fingerprint {base}; "
-                f"this base's is {model.fingerprint})"
-            )
         for stored in read_header(path).values():
             name = "model." + stored.name if stored.name.startswith("layers.") else stored.name
             if name not in expected:

@@ -57,6 +57,71 @@ def test_several_turns_and_masked_answers(tokenizer):
     ]
 
 
+V3_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
+    "{% else %}{{ '<｜Assistant｜>' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+V2_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
+    "{% elif m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}"
+    "{% else %}{{ 'Assistant: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "model_type, template",
+    [("deepseek", V2_TEMPLATE), ("deepseek_v2", V2_TEMPLATE), ("deepseek_v3", V3_TEMPLATE)],
+)
+def test_chat_formats_equal_the_published_templates(model_type, template, tmp_path):
+    """The templates of DeepSeek-V2-Chat and DeepSeek-V3 without their tool calls, run by
+    transformers on DeepSeek's own tokenizer: the same text and, for V3, the same tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    deepseek_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "vocab_size": 129280})
+    )
+    tokenizer = load_tokenizer(tmp_path)  # the format follows the family
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    ids, labels = encode_chat(messages, tokenizer)
+    names = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **names)
+    oracle.chat_template = template
+    text = oracle.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.inner.decode(ids, skip_special_tokens=False) == text
+    if model_type == "deepseek_v3":
+        assert ids == oracle.encode(text, add_special_tokens=False)
+    learned = tokenizer.decode([label for label in labels if label != IGNORE])
+    assert learned.replace(" ", "") == "Hello!2"
+    (tmp_path / "config.json").unlink()
+    other = "deepseek_v2" if model_type == "deepseek_v3" else "deepseek_v3"
+    assert load_tokenizer(tmp_path, other).chat_format == other
+
+
+def test_v3_messages_need_v3_tokens(tmp_path):
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, "deepseek_v3")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}')
+    with pytest.raises(ValueError, match="line 1: messages in chat_format deepseek_v3 need"):
+        encode_file(rows, tokenizer)
+    rows.write_text('{"prompt": "a", "completion": "b"}')
+    assert len(encode_file(rows, tokenizer)) == 1
+
+
+def test_a_tiktoken_file_alone_is_refused_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "tiktoken.model").write_text("IQ== 0")
+    with pytest.raises(FileNotFoundError, match="tiktoken.model .*convert_tiktoken_to_fast"):
+        load_tokenizer(tmp_path)
+
+
 def test_prompt_completion_rows_stand_as_they_are_and_arrays_are_read(tokenizer, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(
@@ -161,7 +226,7 @@ def test_sampled_tokens_stop_at_the_number_and_cut_long_samples():
         ),
         (
             '{"messages": [{"role": "tool", "content": "a"}]}',
-            "line 2: .*field role is 'tool'; must be user or assistant",
+            "line 2: .*field role is 'tool'; must be system, user or assistant",
         ),
         (
             '{"messages": [{"role": "user", "content": 3}]}',

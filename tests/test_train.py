@@ -380,7 +380,7 @@ def test_bad_files_are_refused_before_the_model_is_loaded(
         ({"validation_data": str(bad)}, ValueError, "bad.jsonl: line 1"),
         ({"eval_sets": [f"exact:{bad}"]}, ValueError, "bad.jsonl: line 1: field raw_answers"),
         ({"data": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl: no such data file"),
-        ({"model": "nowhere"}, FileNotFoundError, "nowhere/config.json: no such file"),
+        ({"model": "nowhere"}, FileNotFoundError, "nowhere: no such checkpoint directory"),
         (
             {"expert_config": str(cfg)},
             ValueError,
