@@ -761,7 +761,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not nn.Embedding(V, D): its random start on the meta device imports for seconds.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -1136,9 +1138,10 @@ def split_experts(stored: StoredTensor, config: ModelConfig) -> dict[str, Stored
     }
 
 
-def read_checkpoint(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """A checkpoint's config and its tensors under the model's names, compared with each other:
-    every tensor that the model needs is there, in its shape, and no other. Reads headers only.
+def read_checkpoint(directory: Path) -> tuple["Transformer", dict[str, StoredTensor]]:
+    """The model of a checkpoint's config, on the meta device, and the checkpoint's tensors under
+    the model's names, compared with each other: every tensor that the model needs is there, in its
+    shape, and no other. Reads headers only.
 
     Passed over are layers for multi-token prediction and tables of rotary frequencies. Raises
     FileNotFoundError, or ValueError that names file and tensor."""
@@ -1163,7 +1166,8 @@ def read_checkpoint(directory: Path) -> tuple[ModelConfig, dict[str, StoredTenso
     for layer in config.moe_layers:
         if gate := found.get(f"model.layers.{layer}.mlp.gate.weight"):
             gate.check((config.n_routed_experts, config.hidden_size))
-    expected = {name: t.shape for name, t in build_model(config, "meta").state_dict().items()}
+    model = build_model(config, "meta")
+    expected = {name: t.shape for name, t in model.state_dict().items()}
     if config.tie_word_embeddings and "lm_head.weight" not in found:
         del expected["lm_head.weight"]
     for problem, names in (
@@ -1176,7 +1180,7 @@ def read_checkpoint(directory: Path) -> tuple[ModelConfig, dict[str, StoredTenso
             )
     for name, shape in expected.items():
         found[name].check(shape)
-    return config, found
+    return model, found
 
 
 def fingerprint(tensors: dict[str, StoredTensor]) -> str:
@@ -1203,18 +1207,22 @@ def build_model(
     dtype: torch.dtype = torch.bfloat16,
     experts: str = "auto",
 ) -> Transformer:
-    """A Transformer with uninitialised weights on `device`, everything frozen. `experts`: "loop" or
-    "grouped"; "auto" is grouped."""
-    if experts not in ("auto", *EXPERT_PATHS):
-        raise ValueError(f"experts is {experts!r}; must be auto, loop or grouped")
+    """A Transformer with uninitialised weights on `device`, everything frozen."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype).requires_grad_(False)
     if device != "meta":
         model.to_empty(device=device)
+    choose_experts_path(model, experts)
+    return model
+
+
+def choose_experts_path(model: Transformer, experts: str) -> None:
+    """`experts`: "loop" or "grouped"; "auto" is grouped. Raises ValueError for another."""
+    if experts not in ("auto", *EXPERT_PATHS):
+        raise ValueError(f"experts is {experts!r}; must be auto, loop or grouped")
     for module in model.modules():
         if isinstance(module, MoE):
             module.run_experts = EXPERT_PATHS["grouped" if experts == "auto" else experts]
-    return model
 
 
 def check_device(device: str) -> None:
@@ -1246,10 +1254,11 @@ def load_model(
     once, straight to its place. Raises OSError and ValueError that name file, tensor and shape."""
     check_device(device)
     path = local_directory(path)
-    config, stored = read_checkpoint(path)
-    model = build_model(config, device, dtype, experts)
+    model, stored = read_checkpoint(path)
+    model.to(dtype).to_empty(device=device)
+    choose_experts_path(model, experts)
     targets = model.state_dict()
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         check_tied(stored)
         targets.pop("lm_head.weight")
     local = threading.local()
@@ -1445,8 +1454,8 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
     the base's dtypes, FP8 as bfloat16. Config and tokenizer are copied; code is not. At most one
     file's tensors are in memory. `output` appears when whole."""
     base, output = local_directory(base), Path(output)
-    config, tensors = read_checkpoint(base)
-    model = build_model(config, "meta")
+    model, tensors = read_checkpoint(base)
+    config = model.config
     model.fingerprint = fingerprint(tensors)
     trained = read_adapter(local_directory(adapter, "adapter"), model)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in trained:
