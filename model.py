@@ -329,7 +329,7 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
         # `factor`.
         low = max(math.floor(pair_turning(yarn.get("beta_fast") or 32)), 0)
         high = min(math.ceil(pair_turning(yarn.get("beta_slow") or 1)), dim - 1)
-        ramp = ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
+        ramp = ((pairs / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)
         inverse_frequency = inverse_frequency * (1 - ramp) + inverse_frequency / factor * ramp
         scale = yarn_mscale(factor, yarn.get("mscale", 1)) / yarn_mscale(
             factor, yarn.get("mscale_all_dim", 0)
