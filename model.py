@@ -53,12 +53,7 @@ FAMILIES = {
     },
     "deepseek_v3": {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]},
 }
-V3_DEFAULTS = {
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "n_group": 8,
-    "topk_group": 4,
-}
+V3_DEFAULTS = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4}
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -184,7 +179,9 @@ class ModelConfig:
         if kind in (int, int | None) and value is not None:
             least = 0 if name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1
             if type(value) is not int or not least <= value < 2**19:
-                raise ValueError(f"{name} is {value!r}; must be an integer from {least} to 2^19 - 1")
+                raise ValueError(
+                    f"{name} is {value!r}; must be an integer from {least} to 2^19 - 1"
+                )
         elif kind is float and (type(value) not in (int, float) or not abs(value) < 1e30):
             raise ValueError(f"{name} is {value!r}; must be a finite number")
         elif kind is bool and type(value) is not bool:
@@ -251,7 +248,8 @@ class ModelConfig:
             numbers |= {name: 0 for name in given if rope.get(name) is not None}
             for name, least in numbers.items():
                 value = rope.get(name)
-                if type(value) not in (int, float) or not least <= value < 1e30:
+                usable = type(value) in (int, float) and (value == 0 or 1e-6 < value < 1e30)
+                if not usable or value < least:
                     raise ValueError(
                         f"rope_scaling: {name} is {value!r}; must be a number from {least}"
                     )
@@ -1010,7 +1008,8 @@ def dequantise(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     last ones ragged: float32 (rows, columns). Files call the factor `weight_scale_inv`, but it is
     what weights are multiplied by."""
     rows, columns = values.shape
-    factors = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)
+    high, wide = min(block[0], rows), min(block[1], columns)  # of a block that is not cut
+    factors = scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)
     return values.float().mul_(factors[:, :columns])
 
 
@@ -1045,11 +1044,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(file.read(length))
     return {
         name: StoredTensor(
-            path,
-            name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
+            path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
         )
         for name, entry in header.items()
         if name != "__metadata__"
@@ -1063,6 +1058,8 @@ def open_tensors(path: Path):
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from None
+    except OSError as error:  # a directory, say, of which the library does not give the name
+        raise OSError(f"{path}: {error}") from None
 
 
 def stored_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
@@ -1128,9 +1125,7 @@ def split_experts(stored: StoredTensor, config: ModelConfig) -> dict[str, Stored
     E, I, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     stored.check((E, 2 * I, D) if kind == "gate_up_proj" else (E, D, I))
     if kind == "down_proj":
-        return {
-            f"{prefix}{e}.down_proj.weight": stored.part(e * D * I, (D, I)) for e in range(E)
-        }
+        return {f"{prefix}{e}.down_proj.weight": stored.part(e * D * I, (D, I)) for e in range(E)}
     return {
         f"{prefix}{e}.{half}_proj.weight": stored.part((2 * e + i) * I * D, (I, D))
         for e in range(E)
@@ -1153,7 +1148,7 @@ def read_checkpoint(directory: Path) -> tuple["Transformer", dict[str, StoredTen
         layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
         if (layer and int(layer[1]) in extra) or name.endswith(".rotary_emb.inv_freq"):
             continue
-        fused = FUSED.fullmatch(name) and config.is_moe(int(layer[1]))
+        fused = layer and FUSED.fullmatch(name) and config.is_moe(int(layer[1]))
         found |= split_experts(stored, config) if fused else {name: stored}
 
     # These two first: building a model of absurd size, even without weights, takes its time.
@@ -1164,8 +1159,10 @@ def read_checkpoint(directory: Path) -> tuple["Transformer", dict[str, StoredTen
                 f"{config.num_hidden_layers}"
             )
     for layer in config.moe_layers:
-        if gate := found.get(f"model.layers.{layer}.mlp.gate.weight"):
-            gate.check((config.n_routed_experts, config.hidden_size))
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        if name not in found:
+            raise ValueError(f"{directory}: tensor {name} is missing")
+        found[name].check((config.n_routed_experts, config.hidden_size))
     model = build_model(config, "meta")
     expected = {name: t.shape for name, t in model.state_dict().items()}
     if config.tie_word_embeddings and "lm_head.weight" not in found:
@@ -1323,8 +1320,8 @@ def check_expert_cfg(expert_cfg: dict, config: ModelConfig) -> None:
     for layer, experts in expert_cfg["experts"].items():
         if layer not in layers:
             raise ValueError(
-                f"experts: layer {layer!r} is not a MoE layer of this model "
-                f"({config.moe_layers[0]} to {config.moe_layers[-1]})"
+                f"experts: layer {layer!r} is not a MoE layer of this model; these are "
+                f"{', '.join(map(str, config.moe_layers)) or 'none'}"
             )
         if not isinstance(experts, list):
             raise ValueError(f"experts: layer {layer} is {experts!r}; must be a list of expert ids")
@@ -1507,7 +1504,9 @@ def merged_tensor(
         for name, piece in split_experts(stored, config).items():
             if name in trained:
                 start = (piece.offset - stored.offset) // dtype.itemsize
-                trained[name].copy_to(flat[start : start + math.prod(piece.shape)].view(piece.shape))
+                trained[name].copy_to(
+                    flat[start : start + math.prod(piece.shape)].view(piece.shape)
+                )
     return tensor
 
 

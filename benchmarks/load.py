@@ -43,7 +43,9 @@ PUBLISHED = dict(
 def write_checkpoint(directory: Path, fields: dict, device: str, shards: int = 8) -> None:
     """Random weights, shard by shard, with an index."""
     directory.mkdir(parents=True, exist_ok=True)
-    shapes = {k: t.shape for k, t in build_model(ModelConfig(**fields), "meta").state_dict().items()}
+    shapes = {
+        k: t.shape for k, t in build_model(ModelConfig(**fields), "meta").state_dict().items()
+    }
     names, weight_map = list(shapes), {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"

@@ -89,7 +89,10 @@ class LlamaMoE(torch.nn.Module):
 
     def __init__(self, fields: dict):
         from transformers import DeepseekV2Config, LlamaConfig
-        from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP, DeepseekV2Moe
+        from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+            DeepseekV2MLP,
+            DeepseekV2Moe,
+        )
         from transformers.models.llama import modeling_llama as llama
 
         super().__init__()

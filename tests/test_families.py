@@ -168,7 +168,9 @@ def test_v3_balance_loss_by_hand():
 
 def test_the_correction_bias_stays_float32_and_is_not_trained(tmp_path):
     oracle = make_oracle(1, "deepseek_v3", first_k_dense_replace=0)
-    write_checkpoint(tmp_path, published_config(oracle, "deepseek_v3", 1, True), oracle.state_dict())
+    write_checkpoint(
+        tmp_path, published_config(oracle, "deepseek_v3", 1, True), oracle.state_dict()
+    )
     model = load_model(tmp_path, dtype=torch.bfloat16).to(torch.bfloat16)
     bias = model.model.layers[0].mlp.gate.e_score_correction_bias
     assert torch.equal(bias, oracle.model.layers[0].mlp.gate.e_score_correction_bias)
@@ -314,7 +316,9 @@ def test_merging_over_every_storage(seed, tmp_path):
     save_adapter(model, cfg, tmp_path / "adapter")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     merged = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert merged == {path.name for path in (tmp_path / "base").iterdir()} - {"modeling_deepseek.py"}
+    assert merged == {path.name for path in (tmp_path / "base").iterdir()} - {
+        "modeling_deepseek.py"
+    }
     again = load_model(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
     oracle = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -365,7 +369,9 @@ def test_the_original_code_reads_our_adapters(tmp_path):
     """What it does: adapter_config["experts"][str(layer)] for every MoE layer, then a strict
     load_state_dict of all *.safetensors, where frozen parameters are not part of the state."""
     oracle = make_oracle(1, "deepseek_v2", first_k_dense_replace=1)
-    write_checkpoint(tmp_path, published_config(oracle, "deepseek_v2", 1, True), oracle.state_dict())
+    write_checkpoint(
+        tmp_path, published_config(oracle, "deepseek_v2", 1, True), oracle.state_dict()
+    )
     model = load_model(tmp_path, dtype=torch.float32)
     save_adapter(model, {"experts": {"2": [4]}}, tmp_path / "adapter")
     cfg = json.loads((tmp_path / "adapter/expert_cfg.json").read_text())

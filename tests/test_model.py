@@ -318,7 +318,11 @@ def test_published_v2_lite_has_its_parameters():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("model_type", "llama", "model_type is 'llama'; supported: deepseek, deepseek_v2, deepseek_v3"),
+        (
+            "model_type",
+            "llama",
+            "model_type is 'llama'; supported: deepseek, deepseek_v2, deepseek_v3",
+        ),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("num_experts_per_tok", 9, "num_experts_per_tok is 9; a token can reach only 8"),
         ("hidden_size", "32", "hidden_size is '32'; must be an integer"),

@@ -1,0 +1,179 @@
+"""Hub names, against a small server that speaks the Hugging Face hub's protocol: what is downloaded and
+what is not, the cache, resumption, and errors that say what to do."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT
+
+SHA = "0123456789abcdef0123456789abcdef01234567"  # of the one commit
+LARGE = "model-00001-of-00001.safetensors"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the repositories in `server.repositories`: name -> directory, or None if gated."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status: int, body: bytes = b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        self.server.requests.append((self.command, path, self.headers.get("Range")))
+        api = re.fullmatch(r"/api/models/(\w+/\w+)(/revision/\w+|/tree/\w+)?", path)
+        file = re.fullmatch(r"/(\w+/\w+)/resolve/\w+/([\w.-]+)", path)
+        if not (api or file):
+            return self.reply(404)
+        name = (api or file)[1]
+        if name not in self.server.repositories:
+            return self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="no such one")
+        directory = self.server.repositories[name]
+        if directory is None:
+            return self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="ask for access")
+        if file:
+            return self.send(directory / file[2])
+        files = sorted(path for path in directory.iterdir())
+        if "/tree/" in path:
+            answer = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)}
+                for f in files
+            ]
+        else:
+            siblings = [{"rfilename": f.name} for f in files]
+            answer = {"id": name, "modelId": name, "sha": SHA, "siblings": siblings}
+        self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+    def send(self, path):
+        if not path.is_file():
+            return self.reply(404, X_Error_Code="EntryNotFound")
+        data, start = path.read_bytes(), 0
+        headers = {"X_Repo_Commit": SHA, "ETag": f'"{etag(path)}"', "Accept_Ranges": "bytes"}
+        if wanted := self.headers.get("Range"):
+            start = int(re.match(r"bytes=(\d+)-", wanted)[1])
+            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if self.command == "GET" and path.name in self.server.broken:
+            self.server.broken.remove(path.name)  # once: half of it, then the line is cut
+            headers["Content_Length"] = len(data)
+            self.reply(200, data[: len(data) // 2], **headers)
+            self.close_connection = True
+            return None
+        return self.reply(206 if wanted else 200, data[start:], **headers)
+
+
+def etag(path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path):
+    """A server with the repository org/tiny: a checkpoint, and what must never be fetched."""
+    directory = tmp_path / "served"
+    shutil.copytree(checkpoint, directory)
+    (directory / "modeling_deepseek.py").write_text("raise SystemExit")
+    (directory / "pytorch_model.bin").write_bytes(b"pickle")
+    (directory / "tiktoken.model").write_bytes(b"IQ== 0")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.repositories = {"org/tiny": directory, "org/gated": None}
+    server.requests, server.broken = [], set()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run(hub, tmp_path, *command, **environment):
+    """The command in a process of its own: the library reads the environment when imported."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    clean |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "no_proxy": "*",
+    }
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(
+        command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def bodies(hub) -> list[str]:
+    """The files whose content was asked for."""
+    return [
+        path.split("/")[-1] for verb, path, _ in hub.requests if verb == "GET" and "resolve" in path
+    ]
+
+
+def local(name: str) -> list[str]:
+    code = f"import model; print(model.local_directory({name!r}))"
+    return ["-c", f"try:\n {code}\nexcept OSError as error: raise SystemExit(f'error: {{error}}')"]
+
+
+def test_a_command_by_hub_name_then_from_the_cache_then_offline(hub, chat_file, tmp_path):
+    command = ["select_experts.py", "--model", "org/tiny", "--data", chat_file]
+    command += ["--n_sample_tokens", 200, "--seq_length", 64, "--output"]
+    first = run(hub, tmp_path, *command, tmp_path / "first.json")
+    assert first.returncode == 0, first.stderr
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert wanted <= set(bodies(hub))
+    assert not {"modeling_deepseek.py", "pytorch_model.bin", "tiktoken.model"} & set(bodies(hub))
+    hub.requests.clear()
+    again = run(hub, tmp_path, *local("org/tiny"))
+    assert again.returncode == 0 and not bodies(hub)
+    hub.requests.clear()
+    offline = run(hub, tmp_path, *command, tmp_path / "third.json", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0 and not hub.requests
+    assert (tmp_path / "first.json").read_text() == (tmp_path / "third.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, environment, message",
+    [
+        ("org/unknown", {}, "RepositoryNotFound"),
+        ("org/gated", {}, "GatedRepo.*hf auth login"),
+        ("org/tiny", {"HF_HUB_OFFLINE": "1"}, "fetch it elsewhere with `hf download org/tiny"),
+        ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "fetch it elsewhere with `hf download"),
+        ("org/tiny/more", {}, "no such checkpoint directory"),
+    ],
+)
+def test_what_cannot_be_had_is_said_with_what_to_do(hub, tmp_path, name, environment, message):
+    done = run(hub, tmp_path, *local(name), **environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {name}: no such checkpoint directory")
+    assert re.search(message, last), last
+
+
+def test_a_download_that_broke_off_goes_on_where_it_stopped(hub, tmp_path):
+    served = hub.repositories["org/tiny"] / LARGE
+    served.write_bytes(os.urandom(30_000_000))
+    hub.broken.add(LARGE)
+    done = run(hub, tmp_path, *local("org/tiny"))
+    if done.returncode:  # some versions of the library leave the second attempt to the next call
+        done = run(hub, tmp_path, *local("org/tiny"))
+    assert done.returncode == 0, done.stderr
+    ranges = [wanted for _, path, wanted in hub.requests if path.endswith(LARGE) and wanted]
+    starts = [int(re.match(r"bytes=(\d+)-", wanted)[1]) for wanted in ranges]
+    assert any(1_000_000 < start <= 15_000_000 for start in starts), hub.requests
+    snapshot = done.stdout.strip().splitlines()[-1]
+    with open(os.path.join(snapshot, LARGE), "rb") as file:
+        assert file.read() == served.read_bytes()
