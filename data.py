@@ -71,7 +71,7 @@ def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file; {tiktoken[0].name} is a tiktoken file, which is not read. "
-                "Convert it once, with the token pattern and special tokens of the checkpoint's own "
+                "Convert it once, with the pattern and special tokens of the checkpoint's own "
                 "tokenizer code: transformers.integrations.tiktoken.convert_tiktoken_to_fast("
                 f"tiktoken.Encoding(...), {str(directory)!r})"
             )

@@ -374,7 +374,7 @@ class Cache:
 
 
 class MultiHeadAttention(nn.Module):
-    """The attention of `deepseek`: that of Llama, with as many key heads as query heads or fewer."""
+    """The attention of `deepseek`, that of Llama: as many key heads as query heads, or fewer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -911,8 +911,8 @@ def local_directory(name: str | Path, kind: str = "checkpoint") -> Path:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{name}: no such {kind} directory, and it could not be had from the Hugging Face hub "
-            f"({type(error).__name__}: {reason:.300}). Check the name; for a gated one, log in with "
-            f"`hf auth login`; without a network, fetch it elsewhere with `hf download {name} "
+            f"({type(error).__name__}: {reason:.300}). Check the name; for a gated one, log in "
+            f"with `hf auth login`; without a network, fetch it elsewhere with `hf download {name} "
             "--local-dir DIR` and give DIR"
         ) from None
 

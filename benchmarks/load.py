@@ -1,11 +1,12 @@
-"""How long a 31 GB checkpoint of DeepSeek-V2-Lite's shape takes from local disk to the GPU, and what
-host memory that takes: load_model beside transformers' from_pretrained.
+"""How long a 31 GB checkpoint of DeepSeek-V2-Lite's shape takes from local disk to the GPU, and
+what host memory that takes: load_model beside transformers' from_pretrained.
 
     python benchmarks/load.py --directory DIR    # a GPU with 40 GB, 32 GB of disk
     python benchmarks/load.py --tiny             # the same on a CPU, in seconds
 
-Random bfloat16 weights in 8 shards, experts one by one, as published. Each load runs in a process of
-its own, in turn ours and theirs; "cold" loads come after the files were dropped from the page cache.
+Random bfloat16 weights in 8 shards, experts one by one, as published. Each load runs in a process
+of its own, in turn ours and theirs; "cold" loads come after the files were dropped from the page
+cache.
 Prints its conditions, a table, and one JSON line."""
 
 import argparse
@@ -75,7 +76,8 @@ def status(field: str) -> float:
 
 def load_once(who: str, directory: str, device: str) -> dict:
     """One load in this process: seconds, and host memory at its peak beyond what was there before.
-    Mapped files count as resident, but the system can drop them; anonymous and shared memory stay."""
+    Mapped files count as resident, but the system can drop them; anonymous and shared memory
+    stay."""
     if who == "transformers":
         from transformers import AutoModelForCausalLM
     torch.ones(1, device=device)

@@ -1,5 +1,5 @@
-"""Hub names, against a small server that speaks the Hugging Face hub's protocol: what is downloaded and
-what is not, the cache, resumption, and errors that say what to do."""
+"""Hub names, against a small server that speaks the Hugging Face hub's protocol: what is downloaded
+and what is not, the cache, resumption, and errors that say what to do."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ LARGE = "model-00001-of-00001.safetensors"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers for the repositories in `server.repositories`: name -> directory, or None if gated."""
+    """Answers for `server.repositories`: name -> directory, or None if gated."""
 
     protocol_version = "HTTP/1.1"
 
