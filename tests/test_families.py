@@ -29,7 +29,7 @@ from model import (
 )
 
 TOKENS = torch.randint(0, 90, (2, 70), generator=torch.Generator().manual_seed(0))
-FAMILIES = {"deepseek": 8, "deepseek_v2": 8, "deepseek_v3": 12}  # how many random configs of each
+FAMILIES = {"deepseek": 8, "deepseek_v2": 12, "deepseek_v3": 12}  # how many random configs of each
 CASES = [(family, seed) for family, count in FAMILIES.items() for seed in range(count)]
 STORAGE = ("one by one", "fused", "sharded", "fused and sharded")
 
@@ -124,6 +124,10 @@ def test_the_random_configs_cover_every_field():
         assert {config[field] for config in v3} == values, field
     assert any(config["topk_group"] < config["n_group"] for config in v3)
     assert {"rope_parameters" in config for config in v3} == {True, False}
+    v2 = [random_config(seed) for seed in range(FAMILIES["deepseek_v2"])]
+    assert {c["topk_method"] for c in v2} == {"greedy", "group_limited_greedy"}
+    assert {c["q_lora_rank"] for c in v2} == {None, 12}
+    assert {"rope_parameters" in c for c in v2} == {True, False}
     old = [random_config(seed, "deepseek") for seed in range(FAMILIES["deepseek"])]
     assert {c["num_key_value_heads"] == c["num_attention_heads"] for c in old} == {True, False}
     assert {config["rope_theta"] for config in old} == {10000.0, 500.0}
