@@ -30,6 +30,7 @@ from data import (
 )
 from model import (
     Cache,
+    ModelConfig,
     Transformer,
     check_output_file,
     choose_dtype,
@@ -356,6 +357,7 @@ def main() -> None:
             base = local_directory(args.model)
             if args.adapter:
                 args.adapter = local_directory(args.adapter, "adapter")
+            ModelConfig.from_json(base / "config.json")  # refuses what is not supported
             tokenizer = load_tokenizer(base, args.chat_format)
             check_file(args.task, args.data, tokenizer)
             dtype = choose_dtype(args.dtype, args.device)

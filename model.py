@@ -235,6 +235,7 @@ class ModelConfig:
             return
         if not isinstance(rope, dict):
             raise ValueError(f"rope_scaling is {rope!r}; must be an object or null")
+        rope = {name: value for name, value in rope.items() if value is not None}
         kind = rope.get("rope_type", rope.get("type", "default"))
         kinds = ("default",) if self.model_type == "deepseek" else ("default", "yarn")
         if kind not in kinds:
@@ -245,7 +246,7 @@ class ModelConfig:
         if kind == "yarn":
             numbers = {"factor": 1, "original_max_position_embeddings": 1}
             given = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-            numbers |= {name: 0 for name in given if rope.get(name) is not None}
+            numbers |= {name: 0 for name in given if name in rope}
             for name, least in numbers.items():
                 value = rope.get(name)
                 usable = type(value) in (int, float) and (value == 0 or 1e-6 < value < 1e30)
@@ -255,8 +256,7 @@ class ModelConfig:
                     )
             known |= {*numbers, *given}
         for name in rope.keys() - known:  # an attention_factor or a partial_rotary_factor, say
-            if rope[name] is not None:
-                raise ValueError(f"rope_scaling: {name} is {rope[name]!r}; not supported")
+            raise ValueError(f"rope_scaling: {name} is {rope[name]!r}; not supported")
 
     @property
     def key_value_heads(self) -> int:
@@ -902,7 +902,7 @@ def local_directory(name: str | Path, kind: str = "checkpoint") -> Path:
         return path
     if path.exists():
         raise NotADirectoryError(f"{name}: is a file; a {kind} directory is required")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name), re.ASCII):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII):
         raise FileNotFoundError(f"{name}: no such {kind} directory")
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
@@ -960,7 +960,7 @@ class StoredTensor:
         that shape and dtype, if it is given."""
         if out is None:
             out = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        view = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        view = memoryview(out.view(-1).view(torch.uint8).numpy())
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             while view:
@@ -972,6 +972,9 @@ class StoredTensor:
     def copy_to(self, target: Tensor, buffer: Tensor | None = None) -> None:
         """Fills `target`, on any device and in any dtype, by blocks of rows; FP8 weights times
         their scales, multiplied in float32. `buffer`: uint8 memory to read into."""
+        if not self.shape or 0 in self.shape:  # one number, or none
+            target.copy_(self.read())
+            return
         rows, width = self.shape[0], math.prod(self.shape[1:])
         row_bytes = width * DTYPES[self.dtype].itemsize
         step = max(READ_BYTES // row_bytes, 1)
@@ -1165,8 +1168,9 @@ def read_checkpoint(directory: Path) -> tuple["Transformer", dict[str, StoredTen
         found[name].check((config.n_routed_experts, config.hidden_size))
     model = build_model(config, "meta")
     expected = {name: t.shape for name, t in model.state_dict().items()}
-    if config.tie_word_embeddings and "lm_head.weight" not in found:
+    if config.tie_word_embeddings:
         del expected["lm_head.weight"]
+        check_tied(found.pop("lm_head.weight", None), found.get("model.embed_tokens.weight"))
     for problem, names in (
         ("are missing", expected.keys() - found.keys()),
         ("do not belong to this config", found.keys() - expected.keys()),
@@ -1180,12 +1184,23 @@ def read_checkpoint(directory: Path) -> tuple["Transformer", dict[str, StoredTen
     return model, found
 
 
+def check_tied(head: StoredTensor | None, embedding: StoredTensor | None) -> None:
+    """Raises ValueError where a checkpoint with tied embeddings stores a head that differs."""
+    if head is None or embedding is None:  # a missing embedding is reported with the rest
+        return
+    if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+        raise ValueError(
+            f"{head.path}: tensor lm_head.weight differs from model.embed_tokens.weight, but "
+            "tie_word_embeddings is true in config.json"
+        )
+
+
 def fingerprint(tensors: dict[str, StoredTensor]) -> str:
     """Says which weights a checkpoint holds, however it stores them (one file or many, experts one
     by one or fused, float32, bfloat16 or FP8): the hash of the first 64 values of the first row of
     each tensor, rounded to bfloat16. `tensors` as of `read_checkpoint`."""
     digest = hashlib.sha256()
-    for name in sorted(tensors.keys() - {"lm_head.weight"}):  # equal to the embedding where tied
+    for name in sorted(tensors):
         stored = tensors[name]
         count = min(64, stored.shape[-1])
         values = stored.part(0, (count,)).read().float()
@@ -1252,11 +1267,14 @@ def load_model(
     check_device(device)
     path = local_directory(path)
     model, stored = read_checkpoint(path)
+    model.fingerprint = fingerprint(stored)
+    if adapter is not None:
+        adapter = local_directory(adapter, "adapter")
+        read_adapter(adapter, model)  # a wrong one is refused before the base is read
     model.to(dtype).to_empty(device=device)
     choose_experts_path(model, experts)
     targets = model.state_dict()
     if model.config.tie_word_embeddings:
-        check_tied(stored)
         targets.pop("lm_head.weight")
     local = threading.local()
 
@@ -1274,20 +1292,9 @@ def load_model(
     ):
         for count in pool.map(load, targets):
             bar.update(count)
-    model.fingerprint = fingerprint(stored)
     if adapter is not None:
         load_adapter(model, adapter)
     return model
-
-
-def check_tied(stored: dict[str, StoredTensor]) -> None:
-    """Raises ValueError where a checkpoint with tied embeddings stores a head that differs."""
-    head, embedding = stored.get("lm_head.weight"), stored["model.embed_tokens.weight"]
-    if head is not None and not torch.equal(head.read(), embedding.read()):
-        raise ValueError(
-            f"{head.path}: tensor lm_head.weight differs from model.embed_tokens.weight, but "
-            "tie_word_embeddings is true in config.json"
-        )
 
 
 # ------------------------------------------------------------------------------------------
@@ -1422,14 +1429,19 @@ def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]
 
 def load_adapter(model: Transformer, directory: str | Path) -> None:
     """Puts the adapter in a directory or of a hub name over the base, in place of the one that is
-    over it, if any. Nothing changes unless the whole adapter is right."""
+    over it, if any. Nothing changes unless the whole adapter is right; should reading it fail
+    all the same, the base stands there, whole."""
     stored = read_adapter(local_directory(directory, "adapter"), model)
     remove_adapter(model)
     parameters = dict(model.named_parameters())
     model.replaced = {name: parameters[name].detach().to("cpu", copy=True) for name in stored}
-    with torch.no_grad():
-        for name in stored:
-            stored[name].copy_to(parameters[name])
+    try:
+        with torch.no_grad():
+            for name in stored:
+                stored[name].copy_to(parameters[name])
+    except BaseException:
+        remove_adapter(model)
+        raise
 
 
 def remove_adapter(model: Transformer) -> None:
@@ -1450,7 +1462,7 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
     """Writes `base` with the adapter's tensors in place as a complete checkpoint, file by file, in
     the base's dtypes, FP8 as bfloat16. Config and tokenizer are copied; code is not. At most one
     file's tensors are in memory. `output` appears when whole."""
-    base, output = local_directory(base), Path(output)
+    base, output = local_directory(base), Path(output).resolve()
     model, tensors = read_checkpoint(base)
     config = model.config
     model.fingerprint = fingerprint(tensors)
@@ -1462,6 +1474,18 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    try:
+        write_merged(base, config, trained, part)
+        os.replace(part, output)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_merged(
+    base: Path, config: ModelConfig, trained: dict[str, StoredTensor], part: Path
+) -> None:
+    """All files of a merged checkpoint, into the directory `part`."""
     by_file: dict[Path, list[StoredTensor]] = {}
     for stored in stored_tensors(base, config).values():
         by_file.setdefault(stored.path, []).append(stored)
@@ -1477,15 +1501,14 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(part / "model.safetensors.index.json", index, indent=2)
     for path in sorted(base.iterdir()):
-        copied = path.suffix in (".json", ".jinja", ".txt", ".model")
-        if copied and not (part / path.name).exists() or path.name.startswith("LICENSE"):
+        kept = path.suffix in (".json", ".jinja", ".txt", ".model") or path.stem == "LICENSE"
+        if kept and path.is_file() and not (part / path.name).exists():
             shutil.copyfile(path, part / path.name)
     if config.quantization_config is not None:
         raw = read_json(base / "config.json")
         del raw["quantization_config"]
         raw["dtype" if "dtype" in raw else "torch_dtype"] = "bfloat16"
         write_json(part / "config.json", raw, indent=2)
-    os.replace(part, output)
 
 
 def merged_tensor(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data import CHAT_FORMATS, by_length, encode_file, load_tokenizer, pad, sample_tokens
 from model import (
+    ModelConfig,
     MoE,
     Transformer,
     check_output_file,
@@ -300,6 +301,7 @@ def main() -> None:
             scores = read_scores(args.scores)
         else:
             base = local_directory(args.model)
+            ModelConfig.from_json(base / "config.json")  # refuses what is not supported
             tokenizer = load_tokenizer(base, args.chat_format)
             samples = encode_file(args.data, tokenizer)
             model = load_model(base, args.device, choose_dtype(args.dtype, args.device))

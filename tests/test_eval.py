@@ -213,3 +213,23 @@ def test_bad_rows(row, task, message, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=f"bad.jsonl: {message}"):
         read_examples(tmp_path / "bad.jsonl", task)
+
+
+@pytest.mark.parametrize("field, value", [("model_type", "deepseek_v32"), ("vocab_size", None)])
+@pytest.mark.parametrize("command", ["eval", "select_experts"])
+def test_commands_refuse_a_config_by_field(
+    command, field, value, checkpoint, chat_file, tmp_path, monkeypatch
+):
+    import importlib
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**raw, field: value}))
+    arguments = ["--model", str(base), "--data", str(chat_file), "--output", str(tmp_path / "out")]
+    if command == "eval":
+        arguments += ["--task", "loss"]
+    monkeypatch.setattr("sys.argv", [command, *arguments])
+    with pytest.raises(SystemExit, match=f"error: .*config.json: {field} is"):
+        importlib.import_module(command).main()

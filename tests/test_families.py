@@ -16,6 +16,7 @@ from model import (
     Cache,
     Gate,
     ModelConfig,
+    StoredTensor,
     build_model,
     fingerprint,
     load_adapter,
@@ -188,12 +189,19 @@ def test_layers_for_multi_token_prediction_are_passed_over(tmp_path):
     config = published_config(oracle, "deepseek_v3", 3, False)
     tensors = one_by_one(oracle.state_dict())
     extra = {"model.layers.3.eh_proj.weight": torch.ones(4), "model.layers.3.norm": torch.ones(4)}
-    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    inv_freq = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.tensor(1.0),
+    }
     config["num_nextn_predict_layers"] = 1
     write_checkpoint(tmp_path, config, {**tensors, **extra, **inv_freq})
     logits = load_model(tmp_path, dtype=torch.float32)(TOKENS)
     expected = oracle(TOKENS).logits
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    save_adapter(load_model(tmp_path), {"experts": {}}, tmp_path / "nothing")
+    merge(tmp_path, tmp_path / "nothing", tmp_path / "merged")  # keeps what was passed over
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in (extra | inv_freq).items())
     for layer in ("4", "13"):  # beyond the one that the config announces
         more = {f"model.layers.{layer}.norm": torch.ones(4)}
         write_checkpoint(tmp_path, config, {**tensors, **extra, **more})
@@ -346,7 +354,11 @@ def test_the_fingerprint_tells_weights_and_not_storage(tmp_path):
     save_adapter(model, {"experts": {}}, tmp_path / "nothing")
     merge(tmp_path / "fp8", tmp_path / "nothing", tmp_path / "bfloat16")
     assert fingerprint(read_checkpoint(tmp_path / "bfloat16")[1]) == model.fingerprint
-    for name in ("model.norm.weight", "model.layers.2.mlp.experts.7.down_proj.weight"):
+    for name in (
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.2.mlp.experts.7.down_proj.weight",
+    ):
         changed = one_by_one(fused)
         changed[name] = changed[name] * 1.01
         write_checkpoint(tmp_path / "changed", config, changed)
@@ -368,6 +380,32 @@ def test_an_adapter_of_another_base_changes_nothing(tmp_path):
         merge(tmp_path / "0", tmp_path / "adapter", tmp_path / "merged")
     assert all(torch.equal(p, before[name]) for name, p in mine.named_parameters())
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_cannot_be_read_to_its_end_leaves_the_base(tmp_path, monkeypatch):
+    oracle = make_oracle(0, "deepseek_v3")
+    config = published_config(oracle, "deepseek_v3", 0, True)
+    write_checkpoint(tmp_path, config, oracle.state_dict())
+    model, before = load_model(tmp_path), load_model(tmp_path).state_dict()
+    cfg = {"experts": {"2": [1, 3]}}
+    put_tensors(model, {name: p + 1 for name, p in trained_parameters(model, cfg).items()})
+    save_adapter(model, cfg, tmp_path / "adapter")
+    model, read, reads = load_model(tmp_path), StoredTensor.read, []
+
+    def failing(stored, out=None):
+        reads.append(stored.name)
+        if len(reads) == 3:
+            raise OSError("the disk is gone")
+        return read(stored, out)
+
+    monkeypatch.setattr(StoredTensor, "read", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        load_adapter(model, tmp_path / "adapter")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    reads.clear()
+    with pytest.raises(OSError, match="the disk is gone"):
+        merge(tmp_path, tmp_path / "adapter", tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
 def test_the_original_code_reads_our_adapters(tmp_path):
