@@ -254,29 +254,47 @@ def encode_file(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
 
 
 def pack(
-    samples: list[Sample], seq_length: int, random_concat_ratio: float, pad_id: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Samples, in their order, joined into rows: tokens and labels, int64 (rows, seq_length).
+    samples: list[Sample],
+    seq_length: int,
+    random_concat_ratio: float,
+    pad_id: int,
+    seed: int,
+    document_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples, in their order, joined into rows: tokens, labels and documents, int64 (rows,
+    seq_length). A token's document is the number of its sample in `samples`; padding comes last and
+    is document len(samples).
 
     The paper's way: a sample that does not fit into what is left of a row loses its head, not its
     tail; with probability `random_concat_ratio` a sample that joins others loses its first token;
-    samples see those before them in the row; the last row is padded."""
+    samples see those before them in the row; the last row is padded. With `document_mask`, for
+    samples that do not see each other, the first token of each is not learned: nothing before it
+    could predict it."""
     draw = random.Random(seed)
-    rows: list[Sample] = []
-    tokens, labels = [], []
-    for input_ids, targets in samples:
+    rows: list[tuple[list[int], list[int], list[int]]] = []
+    tokens, labels, documents = [], [], []
+    for number, (input_ids, targets) in enumerate(samples):
         room = seq_length - len(tokens)
         input_ids, targets = input_ids[-room:], targets[-room:]
         if tokens and draw.random() < random_concat_ratio:
             input_ids, targets = input_ids[1:], targets[1:]
+        if document_mask:
+            targets = [IGNORE, *targets[1:]][: len(input_ids)]
         tokens, labels = tokens + input_ids, labels + targets
+        documents = documents + [number] * len(input_ids)
         if len(tokens) == seq_length:
-            rows.append((tokens, labels))
-            tokens, labels = [], []
+            rows.append((tokens, labels, documents))
+            tokens, labels, documents = [], [], []
     if tokens:
         padding = seq_length - len(tokens)
-        rows.append((tokens + [pad_id] * padding, labels + [IGNORE] * padding))
-    return torch.tensor([row for row, _ in rows]), torch.tensor([row for _, row in rows])
+        rows.append(
+            (
+                tokens + [pad_id] * padding,
+                labels + [IGNORE] * padding,
+                documents + [len(samples)] * padding,
+            )
+        )
+    return tuple(torch.tensor(column) for column in zip(*rows))
 
 
 @lru_cache(maxsize=2)

@@ -392,6 +392,7 @@ class MultiHeadAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         past: Tensor | None = None,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """As `LatentAttention.forward`; `past` (B, length, 2 * key width)."""
         cos, sin = (table.unsqueeze(-2) for table in rope)
@@ -400,19 +401,18 @@ class MultiHeadAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rope(q, cos, sin, False), apply_rope(k, cos, sin, False)
-        seen = None
         if past is not None:
             rows = torch.arange(len(x), device=x.device)[:, None]
             past[rows, positions] = torch.cat([k, v], -2).flatten(2)
             if x.shape[1] == 1:
                 k, v = past.unflatten(-1, (-1, self.head_dim)).chunk(2, -2)
-                seen = torch.arange(past.shape[1], device=x.device) <= positions[:, None, :, None]
+                mask = torch.arange(past.shape[1], device=x.device) <= positions[:, None, :, None]
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=seen,
-            is_causal=seen is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -453,10 +453,12 @@ class LatentAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         past: Tensor | None = None,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, D). `past` (B, length, C + R) is this layer's cache and is written at
         `positions` (B, T). A call with several tokens starts at an empty cache; later calls bring
-        one token a row."""
+        one token a row. `mask` (B, 1, T, T) is added to the scores; without it attention is
+        causal."""
         B, T, _ = x.shape
         cos, sin = rope  # (T, R/2) or (B, T, R/2)
         q = (
@@ -485,7 +487,8 @@ class LatentAttention(nn.Module):
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.scale,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -566,13 +569,23 @@ class Gate(nn.Module):
         return weights, indices, scores
 
 
-def sort_by_expert(indices: Tensor) -> tuple[Tensor, Tensor]:
+def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """indices (N, K) -> order and its inverse (S,): slots sorted by expert, ties in order of the
-    tokens. Slot s belongs to token s // K."""
-    order = indices.flatten().argsort(stable=True)
+    tokens; and where each expert's slots end in that order, int32 (E,). Slot s belongs to token
+    s // K."""
+    experts, order = indices.flatten().sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    return order, inverse
+    ids = torch.arange(n_experts, device=order.device)
+    return order, inverse, torch.searchsorted(experts, ids, right=True).int()
+
+
+def to_list(ends: Tensor, slots: int) -> list[int]:
+    """`ends` of `sort_by_expert` on the host: a synchronisation. On the meta device, where there
+    are no data, the slots are spread evenly."""
+    if ends.is_meta:
+        return [slots * e // len(ends) for e in range(1, len(ends) + 1)]
+    return ends.tolist()
 
 
 def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -581,9 +594,8 @@ def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Ten
     x (N, D), weights and indices (N, K) -> (N, D). An expert without tokens runs on an empty slice,
     so that its gradient is zero and not missing."""
     N, K = indices.shape
-    order, inverse = sort_by_expert(indices)
-    tokens_per_expert = indices.flatten().bincount(minlength=len(moe.experts))
-    slots = x[order // K].split(tokens_per_expert.tolist())  # the one synchronisation
+    order, inverse, ends = sort_by_expert(indices, len(moe.experts))
+    slots = x[order // K].tensor_split(to_list(ends, N * K)[:-1])  # the one synchronisation
     out = torch.cat([expert(slot) for expert, slot in zip(moe.experts, slots)])  # (S, D)
     return (out[inverse].view(N, K, -1) * weights[..., None]).sum(1).to(x.dtype)
 
@@ -591,9 +603,7 @@ def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Ten
 def experts_grouped(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """The same as `experts_loop`, as grouped products over the stacked experts. A frozen expert
     costs neither a saved input nor a weight gradient."""
-    order, inverse = sort_by_expert(indices)
-    experts = torch.arange(len(moe.experts), device=x.device)
-    ends = torch.searchsorted(indices.flatten()[order], experts, right=True).int()  # (E,)
+    order, inverse, ends = sort_by_expert(indices, len(moe.experts))
     trained = []
     if torch.is_grad_enabled():
         trained = [e for e, expert in enumerate(moe.experts) if expert.up_proj.weight.requires_grad]
@@ -609,8 +619,8 @@ def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
         return F.grouped_mm(x, stack, offs=ends)
     # On a CPU torch's own loop takes up to three times as long as this one.
     out = x.new_empty(len(x), stack.shape[-1])
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    for rows, weight, result in zip(x.split(sizes), stack, out.split(sizes)):
+    bounds = to_list(ends, len(x))[:-1]
+    for rows, weight, result in zip(x.tensor_split(bounds), stack, out.tensor_split(bounds)):
         torch.mm(rows, weight, out=result)
     return out
 
@@ -651,7 +661,7 @@ class GroupedExperts(torch.autograd.Function):
             dx = grouped_mm(dh, gate_up, ends)[inverse].view(N, K, -1).sum(1)
 
         dparameters = []
-        bounds = [0, *ends.tolist()] if ctx.trained else []
+        bounds = [0, *to_list(ends, len(order))] if ctx.trained else []
         for e in ctx.trained:
             rows = slice(bounds[e], bounds[e + 1])
             act = (silu[rows] * up[rows] * weight[rows]).to(x.dtype)
@@ -743,9 +753,10 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         past: Tensor | None = None,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
         balance: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        x = x + self.self_attn(self.input_layernorm(x), rope, past, positions)
+        x = x + self.self_attn(self.input_layernorm(x), rope, past, positions, mask)
         y, loss = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):
             y, loss = self.mlp(y, balance)
@@ -782,22 +793,33 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         balance: bool = False,
         checkpointing: bool = False,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """tokens (B, T) -> normalised final states (B, T, D), and with `balance` the balance loss
         (B,) summed over layers. `checkpointing` keeps only the input of each block and runs it
-        again in backward. With a cache, rows go on after the tokens they have seen."""
+        again in backward. With a cache, rows go on after the tokens they have seen. `documents`
+        (B, T), ascending in a row: tokens see only those of their own document, and positions begin
+        anew with each."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.model.embed_tokens(tokens)
+        mask = None
         if cache is not None:
             positions = cache.seen[:, None] + positions  # (B, T)
+        if documents is not None:
+            positions = positions - torch.searchsorted(documents, documents)  # minus the start
+            seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+            # In the scores' dtype here, once, and not in every layer.
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)
         rope = rope_table(self.config, positions)
-        x = self.model.embed_tokens(tokens)
         losses = []
         for i, block in enumerate(self.model.layers):
             past = cache.layers[i] if cache is not None else None
             if checkpointing:
-                x, loss = checkpoint(block, x, rope, past, positions, balance, use_reentrant=False)
+                x, loss = checkpoint(
+                    block, x, rope, past, positions, mask, balance, use_reentrant=False
+                )
             else:
-                x, loss = block(x, rope, past, positions, balance)
+                x, loss = block(x, rope, past, positions, mask, balance)
             if loss is not None:
                 losses.append(loss)
         if cache is not None:
@@ -813,12 +835,13 @@ def token_losses(
     model: Transformer,
     tokens: Tensor,
     labels: Tensor,
+    documents: Tensor | None = None,
     balance: bool = False,
     checkpointing: bool = False,
     chunk: int = 2048,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of every label of tokens (B, T) that counts, float32, in the order of the rows;
-    and the balance loss (B,) of `hidden_states`.
+    and the balance loss (B,) of `hidden_states`, to which `documents` goes.
 
     labels (B, T), on the CPU, stand at the position of their own token; negative ones do not count,
     nor does the first of a row. Logits exist for `chunk` tokens at a time and are computed again in
@@ -827,7 +850,9 @@ def token_losses(
     targets[:, -1] = -1
     targets = targets.flatten()
     where = (targets >= 0).nonzero()[:, 0]  # found on the CPU: no synchronisation
-    hidden, balance_loss = model.hidden_states(tokens, balance=balance, checkpointing=checkpointing)
+    hidden, balance_loss = model.hidden_states(
+        tokens, balance=balance, checkpointing=checkpointing, documents=documents
+    )
     hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # (M, D)
     targets = targets[where].to(hidden.device)
 

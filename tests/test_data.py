@@ -163,7 +163,7 @@ def samples_of(*lengths):
 
 
 def test_packing_by_hand():
-    tokens, labels = pack(
+    tokens, labels, _ = pack(
         samples_of(3, 4, 6, 2), seq_length=5, random_concat_ratio=0.0, pad_id=9, seed=0
     )
     assert tokens.tolist() == [
@@ -180,7 +180,7 @@ def test_packing_by_hand():
 
 def test_packing_drops_the_first_token_of_joined_samples_at_the_given_rate():
     samples = samples_of(*[2] * 5000)
-    tokens, _ = pack(samples, seq_length=1000, random_concat_ratio=0.2, pad_id=-1, seed=0)
+    tokens, *_ = pack(samples, seq_length=1000, random_concat_ratio=0.2, pad_id=-1, seed=0)
     kept = sum(first[0] in set(tokens.flatten().tolist()) for first, _ in samples)
     assert 0.78 < kept / 5000 < 0.82
     assert (tokens == pack(samples, 1000, 0.2, -1, seed=0)[0]).all()

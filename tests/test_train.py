@@ -203,7 +203,7 @@ def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path
     model = load_model(checkpoint, dtype=torch.float32)
     load_adapter(model, tmp_path / "run/adapter")
     tokenizer = load_tokenizer(checkpoint)
-    rows = pack(encode_file(other, tokenizer), 64, 0.0, tokenizer.eos_id, 0)
+    rows = pack(encode_file(other, tokenizer), 64, 0.0, tokenizer.eos_id, 0)[:2]
     assert token_losses(model, *rows)[0].mean().item() == pytest.approx(min(losses), rel=1e-5)
 
 
@@ -293,7 +293,7 @@ def test_held_out_rows_are_not_trained_on(checkpoint, chat_file, tmp_path):
     tokenizer = load_tokenizer(checkpoint)
     samples = encode_file(chat_file, tokenizer)
     rows, held_out = training.prepare_rows(config, samples, tokenizer)
-    everything, _ = pack(samples, 64, 0.2, tokenizer.eos_id, config.seed)
+    everything, *_ = pack(samples, 64, 0.2, tokenizer.eos_id, config.seed)
     together = torch.cat([rows.tokens, held_out.tokens]).tolist()
     assert sorted(together) == sorted(everything.tolist()) and len(held_out.tokens) == 6
     assert not any(row in rows.tokens.tolist() for row in held_out.tokens.tolist())
