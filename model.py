@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
@@ -373,6 +374,15 @@ class Cache:
         return cls(layers, torch.zeros(rows, dtype=torch.int64, device=like.device))
 
 
+def effective_weight(linear: nn.Linear) -> Tensor:
+    """W, or W + scaling * B A of a Linear that carries LoRA (`add_lora`): for code that uses the
+    weight without calling the Linear, whose hook then does not run."""
+    if not hasattr(linear, "lora_A"):
+        return linear.weight
+    A, B = linear.lora_A.weight, linear.lora_B.weight
+    return torch.addmm(linear.weight, B, A, alpha=linear.lora_scaling)
+
+
 class MultiHeadAttention(nn.Module):
     """The attention of `deepseek`, that of Llama: as many key heads as query heads, or fewer."""
 
@@ -499,7 +509,7 @@ class LatentAttention(nn.Module):
         """Attention in the space of the latent: the up-projections of keys and values are applied
         to the query and to the result instead of to every token seen (DeepSeek-V2, section
         2.1.2)."""
-        up = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
+        up = effective_weight(self.kv_b_proj).view(self.heads, -1, self.latent)
         w_k, w_v = up.split([self.nope, self.v], 1)
         q = torch.cat([torch.einsum("bthn,hnc->bhtc", q_nope, w_k), q_rope.transpose(1, 2)], -1)
         keys = past.unsqueeze(1)  # (B, 1, length, C + R)
@@ -604,6 +614,8 @@ def experts_grouped(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
     """The same as `experts_loop`, as grouped products over the stacked experts. A frozen expert
     costs neither a saved input nor a weight gradient."""
     order, inverse, ends = sort_by_expert(indices, len(moe.experts))
+    if moe.has_lora:
+        return experts_with_lora(moe, x, weights, order, inverse, ends)
     trained = []
     if torch.is_grad_enabled():
         trained = [e for e, expert in enumerate(moe.experts) if expert.up_proj.weight.requires_grad]
@@ -670,6 +682,66 @@ class GroupedExperts(torch.autograd.Function):
         return dx, dweights, None, None, None, None, None, None, *dparameters
 
 
+def experts_with_lora(
+    moe: "MoE", x: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, ends: Tensor
+) -> Tensor:
+    """What `experts_grouped` returns where experts carry LoRA: gradients of x, weights and every A
+    and B, none of the stacks. Raises ValueError if an expert's own weights ask for one."""
+    if torch.is_grad_enabled() and any(e.up_proj.weight.requires_grad for e in moe.experts):
+        raise ValueError('LoRA over experts that are trained, too, needs experts "loop"')
+    N, K = weights.shape
+    slots = x[order // K]  # (S, D)
+    w_gate, w_up = moe.gate_up.chunk(2, 1)
+    gate = grouped_lora(slots, w_gate, [e.gate_proj for e in moe.experts], ends)  # (S, I)
+    up = grouped_lora(slots, w_up, [e.up_proj for e in moe.experts], ends)
+    act = F.silu(gate.float()) * up.float() * weights.flatten()[order, None]
+    out = grouped_lora(act.to(x.dtype), moe.down, [e.down_proj for e in moe.experts], ends)
+    return out[inverse].view(N, K, -1).sum(1)
+
+
+def grouped_lora(x: Tensor, stack: Tensor, linears: list[nn.Linear], ends: Tensor) -> Tensor:
+    """x (S, A), sorted by expert and ending at `ends` (E,) -> (S, Z): W x + scaling * B A x, the W
+    in stack (E, Z, A). A Linear without LoRA counts as one with zeros."""
+    y = GroupedProduct.apply(x, stack.mT, ends)
+    carriers = [linear for linear in linears if hasattr(linear, "lora_A")]
+    if not carriers:
+        return y
+    rank, scaling = carriers[0].lora_A.out_features, carriers[0].lora_scaling
+    zero_A, zero_B = x.new_zeros(rank, x.shape[1]), x.new_zeros(y.shape[1], rank)
+    A = torch.stack([m.lora_A.weight if hasattr(m, "lora_A") else zero_A for m in linears])
+    B = torch.stack([m.lora_B.weight if hasattr(m, "lora_B") else zero_B for m in linears])
+    padding = -rank % 8  # grouped products on a GPU need strides of 16 bytes
+    A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding))
+    low = GroupedProduct.apply(x, A.mT, ends)  # (S, rank and padding)
+    return y + scaling * GroupedProduct.apply(low, B.mT, ends)
+
+
+class GroupedProduct(torch.autograd.Function):
+    """`grouped_mm` with a backward; x is kept only for a stack that wants its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, stack, ends):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, stack, ends)
+        return grouped_mm(x, stack, ends)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, stack, ends = ctx.saved_tensors
+        dx = grouped_mm(dy, stack.mT, ends) if ctx.needs_input_grad[0] else None
+        dstack = grouped_outer(x, dy, ends) if ctx.needs_input_grad[1] else None
+        return dx, dstack, None
+
+
+def grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
+    """x (S, A) and dy (S, Z), sorted by expert -> x_e^T dy_e (E, A, Z), the gradient of a stack:
+    zero for an expert without rows."""
+    if x.is_cuda:
+        return F.grouped_mm(x.T, dy, offs=ends)
+    bounds = to_list(ends, len(x))[:-1]
+    parts = zip(x.tensor_split(bounds), dy.tensor_split(bounds))
+    return torch.stack([rows.T @ dys for rows, dys in parts])
+
+
 EXPERT_PATHS = {"loop": experts_loop, "grouped": experts_grouped}
 
 
@@ -689,6 +761,7 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(MLP(D, I) for _ in range(E))
         self.gate_up, self.down = torch.empty(E, 2 * I, D), torch.empty(E, D, I)
         self.run_experts = experts_grouped
+        self.has_lora = False  # of any expert
         self._view_stacks()
 
     def _view_stacks(self) -> None:
@@ -708,6 +781,9 @@ class MoE(nn.Module):
         self.shared_experts._apply(fn)
         self.gate_up, self.down = fn(self.gate_up), fn(self.down)
         self._view_stacks()
+        for linear in (linear for expert in self.experts for linear in expert.children()):
+            for lora in linear.children():
+                lora._apply(fn)
         return self
 
     def forward(self, x: Tensor, balance: bool) -> tuple[Tensor, Tensor | None]:
@@ -1383,6 +1459,8 @@ def trained_parameters(model: Transformer, expert_cfg: dict) -> dict[str, nn.Par
     }
 
     def is_trained(name: str) -> bool:
+        if ".lora_" in name:  # no part of the checkpoint
+            return False
         if ".mlp.experts." in name:
             return name[: name.index(".", name.index(".mlp.experts.") + 13) + 1] in selected
         if ".mlp.shared_experts." in name:
@@ -1394,7 +1472,7 @@ def trained_parameters(model: Transformer, expert_cfg: dict) -> dict[str, nn.Par
 
 def mark_trainable(model: Transformer, expert_cfg: dict) -> None:
     """Sets requires_grad of every parameter: true for what `expert_cfg` selects, false for the
-    rest."""
+    rest, LoRA included."""
     trained = trained_parameters(model, expert_cfg)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -1413,20 +1491,32 @@ def save_adapter(model: Transformer, expert_cfg: dict, directory: str | Path) ->
     write_json(Path(directory) / "expert_cfg.json", named)
 
 
-def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]:
-    """Where an adapter's tensors are, under the model's names, compared with its expert_cfg and
-    with the model: exactly what is selected, in its shapes, trained on this base (which released
-    adapters do not say). Reads headers only.
+@dataclass
+class StoredAdapter:
+    """An adapter's tensors under the model's names: of ESFT in place of the base's, of LoRA the A
+    and B of some Linears."""
 
-    Takes every *.safetensors file of the directory, as the original code does. Version-1 adapters
-    lack the prefix "model.". Raises FileNotFoundError, or ValueError that names file and tensor."""
+    tensors: dict[str, StoredTensor]
+    rank: int = 0  # this and the next of LoRA; 0 says ESFT
+    scaling: float = 0.0
+
+
+def read_adapter(directory: Path, model: Transformer) -> StoredAdapter:
+    """Where an adapter's tensors are, compared with its expert_cfg.json, or of PEFT's LoRA its
+    adapter_config.json, and with the model: exactly what is selected, in its shapes, trained on
+    this base (which released adapters do not say). Reads headers only.
+
+    Of ESFT it takes every *.safetensors file of the directory, as the original code does; version-1
+    adapters lack the prefix "model.". Raises FileNotFoundError, or ValueError that names file and
+    tensor or field."""
+    if (directory / "adapter_config.json").exists():
+        if (directory / "expert_cfg.json").exists():
+            raise ValueError(
+                f"{directory}: holds both expert_cfg.json and adapter_config.json; one is required"
+            )
+        return read_lora(directory, model)
     expert_cfg = read_expert_cfg(directory / "expert_cfg.json", model.config)
-    base = expert_cfg.get("base_fingerprint")
-    if base is not None and model.fingerprint is not None and base != model.fingerprint:
-        raise ValueError(
-            f"{directory}/expert_cfg.json: base_fingerprint is {base!r}; the adapter belongs to "
-            f"another base checkpoint than this one, whose fingerprint is {model.fingerprint!r}"
-        )
+    check_base(expert_cfg.get("base_fingerprint"), directory / "expert_cfg.json", model)
     expected = {name: p.shape for name, p in trained_parameters(model, expert_cfg).items()}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -1449,30 +1539,47 @@ def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]
         raise ValueError(
             f"{directory}: {len(missing)} selected tensors are missing: {', '.join(missing[:5])}"
         )
-    return found
+    return StoredAdapter(found)
+
+
+def check_base(named: str | None, path: Path, model: Transformer) -> None:
+    """Raises ValueError if the adapter file `path` names another base than the model's."""
+    if named is not None and model.fingerprint is not None and named != model.fingerprint:
+        raise ValueError(
+            f"{path}: base_fingerprint is {named!r}; the adapter belongs to "
+            f"another base checkpoint than this one, whose fingerprint is {model.fingerprint!r}"
+        )
 
 
 def load_adapter(model: Transformer, directory: str | Path) -> None:
-    """Puts the adapter in a directory or of a hub name over the base, in place of the one that is
-    over it, if any. Nothing changes unless the whole adapter is right; should reading it fail
-    all the same, the base stands there, whole."""
+    """Puts the adapter in a directory or of a hub name, ESFT's or PEFT's LoRA, over the base, in
+    place of the one that is over it, if any; LoRA comes frozen, like the rest. Nothing changes
+    unless the whole adapter is right; should reading it fail all the same, the base stands there,
+    whole."""
     stored = read_adapter(local_directory(directory, "adapter"), model)
     remove_adapter(model)
+    if stored.rank:
+        modules = {name.rpartition(".lora_")[0] for name in stored.tensors}
+        attach_lora(model, modules, stored.rank, stored.scaling)
     parameters = dict(model.named_parameters())
-    model.replaced = {name: parameters[name].detach().to("cpu", copy=True) for name in stored}
+    if not stored.rank:
+        model.replaced = {
+            name: parameters[name].detach().to("cpu", copy=True) for name in stored.tensors
+        }
     try:
         with torch.no_grad():
-            for name in stored:
-                stored[name].copy_to(parameters[name])
+            for name, tensor in stored.tensors.items():
+                tensor.copy_to(parameters[name])
     except BaseException:
         remove_adapter(model)
         raise
 
 
 def remove_adapter(model: Transformer) -> None:
-    """Puts the base's own tensors back, bit for bit."""
+    """Puts the base's own tensors back, bit for bit, and takes LoRA off."""
     put_tensors(model, model.replaced)
     model.replaced = {}
+    remove_lora(model)
 
 
 def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
@@ -1483,17 +1590,239 @@ def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
             parameters[name].copy_(tensor)
 
 
+# ------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685), the method that ESFT is compared with; files as PEFT writes and reads them
+
+
+def linears(model: Transformer) -> dict[str, nn.Linear]:
+    """Name -> Linear of all that LoRA may adapt: attention, dense layers, shared and routed
+    experts; neither the head nor the router."""
+    modules = model.model.named_modules(prefix="model")
+    return {n: m for n, m in modules if isinstance(m, nn.Linear) and ".lora_" not in n}
+
+
+def add_lora_product(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """The forward hook of a Linear with LoRA: W x (and bias) -> W x + scaling * B A x."""
+    return output + linear.lora_scaling * linear.lora_B(linear.lora_A(*inputs))
+
+
+def attach_lora(model: Transformer, modules: set[str], rank: int, scaling: float) -> None:
+    """Gives the Linears of these names an uninitialised, frozen A (rank, in) and B (out, rank)."""
+    for name, linear in linears(model).items():
+        if name not in modules:
+            continue
+        for half, width, height in (
+            ("lora_A", linear.in_features, rank),
+            ("lora_B", rank, linear.out_features),
+        ):
+            # On the meta device: its own start would draw from torch's global generator.
+            product = nn.Linear(width, height, bias=False, device="meta")
+            values = linear.weight.new_empty(height, width)
+            product.weight = nn.Parameter(values, requires_grad=False)
+            linear.add_module(half, product)
+        linear.lora_scaling = scaling
+        linear.lora_hook = linear.register_forward_hook(add_lora_product)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.has_lora = any(hasattr(m, "lora_A") for m in module.experts.modules())
+
+
+def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> None:
+    """y = W x + scaling * B A x in every Linear but the head, routed and shared experts included
+    (the paper: rank 8, scaling 2). B starts at zero, A uniform within 1 / sqrt(in), as in PEFT,
+    the same for a seed on every device. A and B are trained, in W's dtype; everything else is
+    frozen.
+
+    Raises ValueError for a rank below 1, a scaling that is not finite, or where there is LoRA."""
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank is {rank!r}; must be an integer from 1")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling!r}; must be a finite number")
+    if lora_parameters(model):
+        raise ValueError("the model carries LoRA already; remove_lora takes it off")
+    model.requires_grad_(False)
+    attach_lora(model, set(linears(model)), rank, scaling)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lora_parameters(model).items():
+        start = torch.zeros(parameter.shape)
+        if name.endswith("lora_A.weight"):
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            parameter.copy_(start)
+        parameter.requires_grad_(True)
+
+
+def remove_lora(model: Transformer) -> None:
+    """Takes all LoRA off; the base's own tensors were never touched."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.has_lora = False
+    for linear in linears(model).values():
+        if hasattr(linear, "lora_A"):
+            linear.lora_hook.remove()
+            del linear.lora_A, linear.lora_B, linear.lora_scaling, linear.lora_hook
+
+
+def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:
+    """Name -> parameter of every A and B, in the model's order:
+    "model.layers.0.self_attn.q_proj.lora_A.weight", ..."""
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_lora(model: Transformer, directory: str | Path) -> None:
+    """Writes the model's LoRA as PEFT does, adapter_model.safetensors and adapter_config.json.
+
+    The base's fingerprint is in the metadata of the tensors: PEFT warns of keys of
+    adapter_config.json that it does not know. Raises ValueError where there is no LoRA."""
+    carriers = {name: m for name, m in linears(model).items() if hasattr(m, "lora_A")}
+    if not carriers:
+        raise ValueError("the model carries no LoRA; there is nothing to save")
+    tensors = {PEFT_PREFIX + n: p.detach().cpu().clone() for n, p in lora_parameters(model).items()}
+    # One key alone: safetensors writes several in random order.
+    metadata = {"base_fingerprint": model.fingerprint} if model.fingerprint else {"format": "pt"}
+    with replacing(Path(directory) / "adapter_model.safetensors") as part:
+        save_file(tensors, part, metadata=metadata)
+    linear = next(iter(carriers.values()))
+    rank, alpha = linear.lora_A.out_features, linear.lora_scaling * linear.lora_A.out_features
+    targets = sorted({name.rpartition(".")[2] for name in carriers})
+    if targeted(linears(model), targets) != set(carriers):  # the last part of a name says too much
+        targets = sorted(carriers)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "inference_mode": True,
+    }
+    write_json(Path(directory) / "adapter_config.json", config, indent=2)
+
+
+def targeted(names: Iterable[str], targets: list[str]) -> set[str]:
+    """The names that PEFT's target_modules select: whole, or by their last parts."""
+    wanted = set(targets)
+    endings = {name: name.split(".") for name in names}
+    return {
+        name
+        for name, parts in endings.items()
+        if any(".".join(parts[i:]) in wanted for i in range(len(parts)))
+    }
+
+
+# Fields of adapter_config.json that say how W x + scaling * B A x is trained, or nothing at all;
+# of every other field, only a value that switches nothing on is supported.
+LORA_FIELDS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping"}
+LORA_FIELDS |= {"peft_version", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias"}
+LORA_FIELDS |= {"target_modules", "use_rslora", "init_lora_weights", "layers_to_transform"}
+LORA_FIELDS |= {"megatron_core", "qalora_group_size"}  # read only where others switch them on
+
+
+def check_lora_config(config: dict) -> None:
+    """Raises ValueError that names the first field of a PEFT config that is not plain LoRA."""
+    if not isinstance(config, dict):
+        raise ValueError(f"must hold a JSON object, found {type(config).__name__}")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {config.get('peft_type')!r}; supported: 'LORA'")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank < 2**19:
+        raise ValueError(f"r is {rank!r}; must be an integer from 1 to 2^19 - 1")
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+        raise ValueError(f"lora_alpha is {alpha!r}; must be a finite number")
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if targets != "all-linear" and not is_list_of(str, targets):
+        raise ValueError(
+            f"target_modules is {targets!r}; must be a list of module names or 'all-linear'"
+        )
+    if layers is not None and type(layers) is not int and not is_list_of(int, layers):
+        raise ValueError(f"layers_to_transform is {layers!r}; must be a list of layers")
+    supported = {
+        "bias": ["none"],
+        "use_rslora": [False, True],
+        # Others begin with another base, of which the adapter is the rest.
+        "init_lora_weights": [True, False, "gaussian", "orthogonal", "eva"],
+    }
+    for name, values in supported.items():
+        value = config.get(name, values[0])
+        if value not in values:
+            shown = ", ".join(map(repr, values))
+            raise ValueError(f"{name} is {value!r}; supported: {shown}")
+    for name, value in config.items():
+        if name not in LORA_FIELDS and value not in (None, False, [], {}):
+            raise ValueError(f"{name} is {value!r}; not supported")
+
+
+def is_list_of(kind: type, value) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def read_lora(directory: Path, model: Transformer) -> StoredAdapter:
+    """`read_adapter` for a directory that PEFT or `save_lora` wrote: A and B of every Linear that
+    target_modules selects, and of no other."""
+    path = directory / "adapter_config.json"
+    config = read_json(path)
+    try:
+        check_lora_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    modules, rank = linears(model), config["r"]
+    targets, layers = config["target_modules"], config.get("layers_to_transform")
+    selected = set(modules) if targets == "all-linear" else targeted(modules, targets)
+    if layers is not None:
+        layers = [layers] if type(layers) is int else layers
+        selected = {name for name in selected if int(name.split(".")[2]) in layers}
+    if not selected:
+        raise ValueError(f"{path}: target_modules is {targets!r}; selects nothing of this model")
+    expected = {}
+    for name, linear in modules.items():
+        if name in selected:
+            expected[f"{name}.lora_A.weight"] = (rank, linear.in_features)
+            expected[f"{name}.lora_B.weight"] = (linear.out_features, rank)
+
+    path = directory / "adapter_model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; other formats of PEFT are not supported")
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+    check_base(metadata.get("base_fingerprint"), path, model)
+    found: dict[str, StoredTensor] = {}
+    for stored in read_header(path).values():
+        name = stored.name.removeprefix(PEFT_PREFIX)
+        if name not in expected or name == stored.name:
+            raise ValueError(
+                f"{path}: tensor {stored.name} is not LoRA of a Linear of this model that "
+                "target_modules selects in adapter_config.json"
+            )
+        stored.check(expected[name])
+        found[name] = stored
+    if missing := [PEFT_PREFIX + name for name in expected if name not in found]:
+        raise ValueError(
+            f"{path}: {len(missing)} selected tensors are missing: {', '.join(missing[:5])}"
+        )
+    scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return StoredAdapter(found, rank, scaling)
+
+
+# ------------------------------------------------------------------------------------------
+# Merging
+
+
 def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
-    """Writes `base` with the adapter's tensors in place as a complete checkpoint, file by file, in
-    the base's dtypes, FP8 as bfloat16. Config and tokenizer are copied; code is not. At most one
+    """Writes `base` with the adapter's tensors in place, of LoRA W + scaling * B A, as a complete
+    checkpoint, file by file, in the base's dtypes, FP8 as bfloat16. Config and tokenizer are copied; code is not. At most one
     file's tensors are in memory. `output` appears when whole."""
     base, output = local_directory(base), Path(output).resolve()
     model, tensors = read_checkpoint(base)
     config = model.config
     model.fingerprint = fingerprint(tensors)
     trained = read_adapter(local_directory(adapter, "adapter"), model)
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in trained:
-        trained["lm_head.weight"] = trained["model.embed_tokens.weight"]
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in trained.tensors:
+        trained.tensors["lm_head.weight"] = trained.tensors["model.embed_tokens.weight"]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: must be an empty directory or not exist")
     part = output.with_name(f".{output.name}.part")
@@ -1507,9 +1836,7 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
         raise
 
 
-def write_merged(
-    base: Path, config: ModelConfig, trained: dict[str, StoredTensor], part: Path
-) -> None:
+def write_merged(base: Path, config: ModelConfig, trained: StoredAdapter, part: Path) -> None:
     """All files of a merged checkpoint, into the directory `part`."""
     by_file: dict[Path, list[StoredTensor]] = {}
     for stored in stored_tensors(base, config).values():
@@ -1536,26 +1863,37 @@ def write_merged(
         write_json(part / "config.json", raw, indent=2)
 
 
-def merged_tensor(
-    stored: StoredTensor, trained: dict[str, StoredTensor], config: ModelConfig
-) -> Tensor:
-    """A base's tensor, or the adapter's in its place; for a tensor that holds all experts of a
-    layer, some of each."""
+def merged_tensor(stored: StoredTensor, trained: StoredAdapter, config: ModelConfig) -> Tensor:
+    """A base's tensor, with the adapter over it; one that holds all experts of a layer is put
+    together from theirs."""
     quantised = stored.scale is not None
     dtype = torch.bfloat16 if quantised else DTYPES.get(stored.dtype)
     if dtype is None:
         raise ValueError(f"{stored.path}: tensor {stored.name} is {stored.dtype}; not supported")
     tensor = torch.empty(stored.shape, dtype=dtype)
-    trained.get(stored.name, stored).copy_to(tensor)
-    if FUSED.fullmatch(stored.name):
-        flat = tensor.view(-1)
-        for name, piece in split_experts(stored, config).items():
-            if name in trained:
-                start = (piece.offset - stored.offset) // dtype.itemsize
-                trained[name].copy_to(
-                    flat[start : start + math.prod(piece.shape)].view(piece.shape)
-                )
+    if not FUSED.fullmatch(stored.name):
+        copy_merged(stored.name, stored, trained, tensor)
+        return tensor
+    flat = tensor.view(-1)
+    for name, piece in split_experts(stored, config).items():
+        start = (piece.offset - stored.offset) // dtype.itemsize
+        copy_merged(
+            name, piece, trained, flat[start : start + math.prod(piece.shape)].view(piece.shape)
+        )
     return tensor
+
+
+def copy_merged(name: str, stored: StoredTensor, trained: StoredAdapter, target: Tensor) -> None:
+    """Fills `target` with the base's tensor of that name, the adapter's in its place, or
+    W + scaling * B A, computed in float32 and rounded once."""
+    module = name.removesuffix(".weight")
+    if f"{module}.lora_A.weight" not in trained.tensors:
+        trained.tensors.get(name, stored).copy_to(target)
+        return
+    A, B = (trained.tensors[f"{module}.{half}.weight"].read() for half in ("lora_A", "lora_B"))
+    weight = torch.empty(target.shape)
+    stored.copy_to(weight)
+    target.copy_(weight.addmm_(B.float(), A.float(), alpha=trained.scaling))
 
 
 def main() -> None:
@@ -1563,7 +1901,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     merging = commands.add_parser(
         "merge",
-        help="write a base checkpoint with an adapter's experts in place",
+        help="write a base checkpoint with an adapter in place",
         description="Writes a complete checkpoint, base and adapter in one, for use anywhere.",
     )
     merging.add_argument(
@@ -1572,7 +1910,8 @@ def main() -> None:
     merging.add_argument(
         "--adapter",
         required=True,
-        help="a directory with expert_cfg.json and .safetensors, or a hub name",
+        help="a directory of ESFT's (expert_cfg.json and .safetensors) or of PEFT's LoRA "
+        "(adapter_config.json and adapter_model.safetensors), or a hub name",
     )
     merging.add_argument(
         "--output", required=True, help="directory to write; must not hold anything yet"
