@@ -210,7 +210,7 @@ def test_fused_experts_of_peft_are_refused_by_name(checkpoint, tmp_path):
 
 
 def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(checkpoint):
-    model = load_model(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32).requires_grad_(True)
     before, state = model(TOKENS), torch.random.get_rng_state()
     add_lora(model, rank=8, scaling=2.0, seed=5)
     assert torch.equal(torch.random.get_rng_state(), state)  # no draw from the global generator
