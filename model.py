@@ -1558,15 +1558,15 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
     whole."""
     stored = read_adapter(local_directory(directory, "adapter"), model)
     remove_adapter(model)
-    if stored.rank:
-        modules = {name.rpartition(".lora_")[0] for name in stored.tensors}
-        attach_lora(model, modules, stored.rank, stored.scaling)
-    parameters = dict(model.named_parameters())
-    if not stored.rank:
-        model.replaced = {
-            name: parameters[name].detach().to("cpu", copy=True) for name in stored.tensors
-        }
     try:
+        if stored.rank:
+            modules = {name.rpartition(".lora_")[0] for name in stored.tensors}
+            attach_lora(model, modules, stored.rank, stored.scaling)
+        parameters = dict(model.named_parameters())
+        if not stored.rank:
+            model.replaced = {
+                name: parameters[name].detach().to("cpu", copy=True) for name in stored.tensors
+            }
         with torch.no_grad():
             for name, tensor in stored.tensors.items():
                 tensor.copy_to(parameters[name])

@@ -11,6 +11,7 @@ projection of each expert, as transformers 4 and DeepSeek's own code have it, fo
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -24,13 +25,14 @@ from conftest import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_families import quantise
+from test_families import peak_of, quantise, save_large
 
 from benchmarks.v2_lite import V2_LITE
 from model import (
     EXPERT_PATHS,
     Cache,
     ModelConfig,
+    StoredTensor,
     Transformer,
     add_lora,
     build_model,
@@ -443,6 +445,19 @@ def test_merging_rounds_once(stored, tmp_path):
         assert torch.equal(merged[name], wanted), name
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_merging_takes_one_shard(tmp_path):
+    save_large(tmp_path / "large", torch.float8_e4m3fn, shards=6)
+    model = build_model(ModelConfig.from_json(tmp_path / "large" / "config.json"))
+    add_lora(model, rank=8, scaling=2.0)
+    save_lora(model, tmp_path / "large-lora")
+    del model
+    peak = peak_of("merge(large, large + '-lora', merged)", tmp_path)
+    sizes = [path.stat().st_size / 2**20 for path in (tmp_path / "merged").glob("*.safetensors")]
+    assert len(sizes) == 6
+    assert peak <= 1.5 * max(sizes) < 0.7 * sum(sizes), (peak, sizes)
+
+
 # ------------------------------------------------------------------------------------------
 # Wrong adapters
 
@@ -550,3 +565,28 @@ def test_adapters_of_another_base_and_unclear_directories(checkpoint, tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors: no such file"):
         load_adapter(model, tmp_path)
+
+
+def test_an_adapter_that_cannot_be_read_to_its_end_leaves_the_base(
+    checkpoint, tmp_path, monkeypatch
+):
+    save_lora(with_lora(checkpoint), tmp_path / "lora")
+    model, before = load_model(checkpoint), load_model(checkpoint).state_dict()
+    read, reads = StoredTensor.read, []
+
+    def failing(stored, out=None):
+        reads.append(stored.name)
+        if len(reads) == 3:
+            raise OSError("the disk is gone")
+        return read(stored, out)
+
+    monkeypatch.setattr(StoredTensor, "read", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        load_adapter(model, tmp_path / "lora")
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    reads.clear()
+    with pytest.raises(OSError, match="the disk is gone"):
+        merge(checkpoint, tmp_path / "lora", tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
