@@ -29,6 +29,7 @@ from model import (
 )
 
 DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}  # the paper's, for each score
+SELECTIONS = ("highest", "lowest", "random")
 Scores = dict[str, dict[str, dict[str, float]]]
 
 
@@ -114,15 +115,36 @@ def select(scores: Scores, score: str, top_p: float) -> dict[str, list[int]]:
     return experts
 
 
-def select_random(
-    experts: dict[str, list[int]], n_routed_experts: int, seed: int
-) -> dict[str, list[int]]:
-    """As many experts of each layer as `experts` names, drawn at random: the paper's control."""
+def select_lowest(scores: Scores, score: str, experts: dict[str, list[int]]) -> dict:
+    """As many experts of each layer as `experts` names, from the lowest score up; of equal scores
+    the lower id comes first."""
+    ranked = {
+        layer: sorted(values, key=lambda e: (values[e], int(e)))
+        for layer, values in scores[f"{score}_scores"].items()
+    }
+    return {layer: [int(e) for e in ranked[layer][: len(experts[layer])]] for layer in experts}
+
+
+def select_random(scores: Scores, experts: dict[str, list[int]], seed: int) -> dict:
+    """As many experts of each layer as `experts` names, drawn at random."""
     draw = random.Random(seed)
     return {
-        layer: sorted(draw.sample(range(n_routed_experts), len(chosen)))
+        layer: sorted(draw.sample(range(len(scores["token_scores"][layer])), len(chosen)))
         for layer, chosen in experts.items()
     }
+
+
+def choose(
+    scores: Scores, score: str, top_p: float, selection: str, seed: int
+) -> dict[str, list[int]]:
+    """`select`'s experts (`selection` "highest"), or a control of as many in each layer: "lowest",
+    or "random", the paper's."""
+    experts = select(scores, score, top_p)
+    if selection == "lowest":
+        return select_lowest(scores, score, experts)
+    if selection == "random":
+        return select_random(scores, experts, seed)
+    return experts
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -178,31 +200,31 @@ def describe(experts: dict[str, list[int]], scores: Scores, score: str) -> str:
     return "\n".join([*lines, f"selected {total} of {of} experts ({total / of:.1%})"])
 
 
-def plot_scores(scores: Scores, score: str, experts: dict[str, list[int]], path: str) -> None:
-    """A heat map of the scores, layers down and experts across, with the selected ones marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw_scores(axes, scores: Scores, score: str, experts: dict[str, list[int]]) -> None:
+    """A heat map of the scores in matplotlib's `axes`, layers down and experts across, with the
+    selected ones marked."""
     values = scores[f"{score}_scores"]
     layers = sorted(values, key=int)
-    figure, axes = plt.subplots(figsize=(14, 1.5 + 0.25 * len(layers)), layout="constrained")
     image = axes.imshow(
         [[values[layer][e] for e in sorted(values[layer], key=int)] for layer in layers],
         aspect="auto",
         cmap="viridis",
     )
-    marks = [(e, i) for i, layer in enumerate(layers) for e in experts[layer]]
-    axes.scatter(
-        *zip(*marks), marker="s", s=30, facecolors="none", edgecolors="red", label="selected"
-    )
+    marks = [(e, i) for i, layer in enumerate(layers) for e in experts.get(layer, [])]
+    if marks:
+        axes.scatter(*zip(*marks), marker="s", s=30, facecolors="none", edgecolors="red")
     axes.set_yticks(range(len(layers)), layers)
-    axes.set(xlabel="expert", ylabel="layer", title=f"{score} scores")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12 - 0.5 / len(layers)))
-    figure.colorbar(image)
+    marked = " (red: selected)" if marks else ""
+    axes.set(xlabel="expert", ylabel="layer", title=f"{score} scores{marked}")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def plot_scores(scores: Scores, score: str, experts: dict[str, list[int]], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 1.5 + 0.25 * len(scores["token_scores"])), layout="constrained")
+    draw_scores(figure.subplots(), scores, score, experts)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -241,6 +263,13 @@ def main() -> None:
         help="part of the score to hold (default: 0.2 for token, 0.1 for gate)",
     )
     parser.add_argument(
+        "--selection",
+        choices=SELECTIONS,
+        default="highest",
+        help="highest: the highest scored experts; lowest, random: as many of each layer, to "
+        "compare with (default: highest)",
+    )
+    parser.add_argument(
         "--n_sample_tokens", type=int, default=131072, help="tokens to score on (default: 131072)"
     )
     parser.add_argument(
@@ -270,7 +299,9 @@ def main() -> None:
         default="",
         help="how messages become text (default: that of the model's family)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the samples and of --selection random (default: 0)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype",
@@ -309,7 +340,7 @@ def main() -> None:
             scores = collect_scores(model, scoring_batches(drawn, tokenizer.eos_id), args.average)
             wrote.append(str(Path(args.output).with_suffix(".scores.json")))
             write_json(wrote[1], scores)
-        experts = select(scores, args.score, top_p)
+        experts = choose(scores, args.score, top_p, args.selection, args.seed)
         expert_cfg = {
             "experts": experts,
             "shared_experts": args.shared_experts,

@@ -9,7 +9,7 @@ from test_model import small_moe
 
 import select_experts
 from model import MoE, load_model
-from select_experts import collect_scores, read_scores, select, select_random
+from select_experts import choose, collect_scores, read_scores, select
 
 
 class FixedGate(torch.nn.Module):
@@ -136,11 +136,17 @@ def test_published_selections(task, total, tmp_path, monkeypatch, capsys):
     assert f"selected {total} of 1664 experts" in capsys.readouterr().out
 
 
-def test_random_selection_has_the_same_number_in_every_layer():
-    experts = {"1": [5, 2, 7], "2": [0]}
-    drawn = select_random(experts, 64, seed=0)
-    assert {k: len(set(v)) for k, v in drawn.items()} == {"1": 3, "2": 1}
-    assert drawn == select_random(experts, 64, seed=0) != select_random(experts, 64, seed=1)
+def test_controls_have_the_same_number_in_every_layer():
+    rows = {"1": [0.1, 0.4, 0.1, 0.4], "2": [0.7, 0.1, 0.2, 0.0]}
+    scores = {
+        "token_scores": {i: {str(e): v for e, v in enumerate(row)} for i, row in rows.items()}
+    }
+    assert choose(scores, "token", 0.5, "highest", 0) == {"1": [1, 3], "2": [0]}
+    assert choose(scores, "token", 0.5, "lowest", 0) == {"1": [0, 2], "2": [3]}
+    drawn = [choose(scores, "token", 0.5, "random", seed) for seed in range(20)]
+    assert all(len(set(d["1"])) == 2 and len(d["2"]) == 1 for d in drawn)
+    assert drawn[0] == choose(scores, "token", 0.5, "random", 0)
+    assert {e for d in drawn for e in d["1"]} == {0, 1, 2, 3}
 
 
 def test_command_line_from_a_model(checkpoint, chat_file, tmp_path, monkeypatch, capsys):
