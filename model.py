@@ -493,6 +493,9 @@ class LatentAttention(nn.Module):
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)
         q = torch.cat([q_nope, q_rope], -1)  # (B, T, H, nope + R)
         k = torch.cat([k_nope, k_rope], -1)
+        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+            # Of the kernels that give the same bits twice, the fast one wants heads of one width.
+            v = F.pad(v, (0, q.shape[-1] - self.v))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -501,7 +504,7 @@ class LatentAttention(nn.Module):
             is_causal=mask is None,
             scale=self.scale,
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out[..., : self.v].transpose(1, 2).flatten(2))
 
     def attend_latent(
         self, q_nope: Tensor, q_rope: Tensor, past: Tensor, positions: Tensor
@@ -971,8 +974,24 @@ def replacing(path: str | Path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        sync_directory(path.parent)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path}: {error}") from None
+    except OSError as error:
+        if error.filename is None:  # of a write, the system does not say where
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Flushes to disk what was made or renamed in a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_output_file(path: str | Path, inputs: list[str]) -> None:
@@ -992,10 +1011,15 @@ def write_json(path: str | Path, value, indent: int | None = None) -> None:
         )
 
 
-def local_directory(name: str | Path, kind: str = "checkpoint") -> Path:
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
+
+
+def local_directory(
+    name: str | Path, kind: str = "checkpoint", files: list[str] = CHECKPOINT_FILES
+) -> Path:
     """The directory `name`, or, for a hub name like deepseek-ai/ESFT-vanilla-lite, the directory of
-    the Hugging Face cache that it was downloaded to: config, tokenizer and safetensors, no code.
-    What is there already is not downloaded again.
+    the Hugging Face cache that `files` were downloaded to: config, tokenizer and safetensors, no
+    code. What is there already is not downloaded again.
 
     Raises FileNotFoundError that says what to do."""
     path = Path(name)
@@ -1006,8 +1030,7 @@ def local_directory(name: str | Path, kind: str = "checkpoint") -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII):
         raise FileNotFoundError(f"{name}: no such {kind} directory")
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
+        return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # the library raises its own, its HTTP client's and the system's
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
