@@ -7,19 +7,32 @@ Precedence: defaults < the config file < the command line.
 
 import argparse
 import difflib
+import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import re
+import resource
 import shutil
+import signal
+import sys
 import time
 import tomllib
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import weakref
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 from data import (
     CHAT_FORMATS,
@@ -30,6 +43,7 @@ from data import (
     epoch_order,
     load_tokenizer,
     pack,
+    parse_json,
     rows_of_step,
     sample_tokens,
 )
@@ -37,35 +51,47 @@ from eval import TASKS, check_file, evaluate, write_records
 from model import (
     EXPERT_PATHS,
     ModelConfig,
+    MoE,
     Transformer,
+    add_lora,
     build_model,
     check_device,
     choose_dtype,
     everything,
+    fingerprint,
     load_adapter,
     load_model,
     local_directory,
+    lora_parameters,
     mark_trainable,
     open_tensors,
+    read_checkpoint,
     read_expert_cfg,
     read_json,
     replacing,
     save_adapter,
+    save_lora,
+    sync_directory,
     token_losses,
     trained_parameters,
     write_json,
 )
 from select_experts import (
     DEFAULT_TOP_P,
+    SELECTIONS,
+    Scores,
+    choose,
     collect_scores,
     describe,
+    draw_scores,
+    read_scores,
     scoring_batches,
-    select,
-    select_random,
 )
 
 # ------------------------------------------------------------------------------------------
 # Configuration
+
+LEARNING_RATE = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}  # the paper's, for each method
 
 
 def key(default, meaning: str):
@@ -81,16 +107,23 @@ class TrainConfig:
     output_dir: str = key(
         "", "where the run writes; the same command run again continues from there"
     )
-    method: str = key("esft", "esft: train the selected experts; full: train everything")
+    method: str = key(
+        "esft",
+        "esft: train the selected experts; full: train everything; lora: train low-rank updates of "
+        "all linear layers but embedding, router and head",
+    )
 
-    # Which experts. Without expert_config they are scored on the training data first.
-    expert_config: str = key("", "an expert_cfg.json; empty: score and select first")
+    # Which experts. The base's experts are scored on the training data before training, and again
+    # after it.
+    expert_config: str = key("", "an expert_cfg.json; empty: select by score")
     score: str = key("token", "token: how often an expert is chosen; gate: with what weight")
     top_p: float | None = key(
         None, "part of a layer's score to select (default: 0.2 for token, 0.1 for gate)"
     )
     selection: str = key(
-        "highest", "highest: the highest scored; random: as many, drawn by seed (a control)"
+        "highest",
+        "highest: the highest scored; lowest, random (drawn by seed): as many of each layer, as "
+        "controls",
     )
     average: str = key("tokens", "scores are means over tokens, or over samples")
     n_sample_tokens: int = key(131072, "tokens to score on")
@@ -99,13 +132,22 @@ class TrainConfig:
         False, "train attention, norms, router, embeddings and head, too"
     )
 
+    # LoRA
+    lora_rank: int = key(8, "rank of the update B A of a weight")
+    lora_scaling: float = key(2.0, "what the update is multiplied by (PEFT's lora_alpha / r)")
+
     # Data
     chat_format: str = key(
         "", "how messages become text: deepseek_v2, deepseek_v3 (default: the model family's)"
     )
     seq_length: int = key(4096, "tokens of a packed row")
-    random_concat_ratio: float = key(
-        0.2, "how often a sample that joins others in a row loses its first token"
+    document_mask: bool = key(
+        False, "samples in a row do not see each other, and positions begin anew with each"
+    )
+    random_concat_ratio: float | None = key(
+        None,
+        "how often a sample that joins others in a row loses its first token (default: 0.2; with "
+        "document_mask 0)",
     )
     validation_data: str = key("", "validation file; empty: a part of the training rows")
     validation_fraction: float = key(
@@ -117,16 +159,18 @@ class TrainConfig:
     gradient_accumulation_steps: int = key(8, "micro-batches that a step's rows are split into")
     steps: int = key(500, "optimizer steps")
     learning_rate: float | None = key(
-        None, "peak learning rate (default: 1e-5 for esft, 3e-5 for full)"
+        None, "peak learning rate (default: 1e-5 for esft, 3e-5 for full, 1e-4 for lora)"
     )
     warmup_steps: int = key(0, "steps over which the learning rate rises to its peak")
     schedule: str = key("constant", "after warmup: constant, linear or cosine (both fall to 0)")
-    weight_decay: float = key(0.1, "of AdamW, for matrices")
+    weight_decay: float = key(
+        0.1, "of AdamW, for matrices; a selected expert that no token reaches decays all the same"
+    )
     adam_beta1: float = key(0.9, "of AdamW")
     adam_beta2: float = key(0.95, "of AdamW")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm")
     aux_loss_alpha: float | None = key(
-        None, "weight of the load balance loss (default: the checkpoint's config)"
+        None, "weight of the load balance loss; 0: none (default: the checkpoint's config)"
     )
 
     # Evaluation and saving
@@ -149,6 +193,9 @@ class TrainConfig:
     experts: str = key("auto", "auto, loop (the readable specification) or grouped (the fast path)")
     gradient_checkpointing: bool = key(
         True, "compute each layer again in backward: less memory, a third more time"
+    )
+    deterministic: bool = key(
+        True, "same seed and machine, same bits; false: let a GPU choose faster algorithms"
     )
     overwrite: bool = key(False, "delete what output_dir holds and start anew")
 
@@ -174,9 +221,9 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; try --config configs/demo.toml, or --help")
         choices = {
-            "method": ("esft", "full"),
+            "method": tuple(LEARNING_RATE),
             "score": tuple(DEFAULT_TOP_P),
-            "selection": ("highest", "random"),
+            "selection": SELECTIONS,
             "average": ("tokens", "samples"),
             "chat_format": ("", *CHAT_FORMATS),
             "schedule": ("constant", "linear", "cosine"),
@@ -191,9 +238,12 @@ class TrainConfig:
         if self.top_p is None:
             self.top_p = DEFAULT_TOP_P[self.score]
         if self.learning_rate is None:
-            self.learning_rate = {"esft": 1e-5, "full": 3e-5}[self.method]
+            self.learning_rate = LEARNING_RATE[self.method]
+        if self.random_concat_ratio is None:
+            self.random_concat_ratio = 0.0 if self.document_mask else 0.2
         at_least = {
             "n_sample_tokens": 1,
+            "lora_rank": 1,
             "seq_length": 2,
             "batch_size": 1,
             "gradient_accumulation_steps": 1,
@@ -211,7 +261,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}; must be at least {least}")
-        between = {"top_p": (0, 1), "learning_rate": (0, 1), "max_grad_norm": (0, math.inf)}
+        between = {
+            "top_p": (0, 1),
+            "lora_scaling": (0, 1e6),
+            "learning_rate": (0, 1),
+            "max_grad_norm": (0, math.inf),
+        }
         for name, (above, most) in between.items():
             if not above < getattr(self, name) <= most:
                 raise ValueError(
@@ -225,15 +280,7 @@ class TrainConfig:
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; "
                 f"must divide batch_size ({self.batch_size})"
             )
-        if self.method == "full" or self.expert_config:
-            reason = "method is full" if self.method == "full" else "expert_config is given"
-            for name in ("selection", "shared_experts", "non_expert_modules", "expert_config"):
-                default = TrainConfig.__dataclass_fields__[name].default
-                given = getattr(self, name) != default
-                if given and (name != "expert_config" or self.method == "full"):
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)!r}; no effect, since {reason}"
-                    )
+        self._check_without_effect()
         for entry in self.eval_sets:
             if entry.partition(":")[0] not in TASKS or ":" not in entry:
                 raise ValueError(
@@ -241,13 +288,33 @@ class TrainConfig:
                 )
         if not self.device:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        check_device(self.device)
         if not self.dtype:
             self.dtype = str(choose_dtype("", self.device)).removeprefix("torch.")
 
+    def _check_without_effect(self) -> None:
+        """Raises ValueError for a key that was set although another one takes its effect."""
+        selecting = ("selection", "shared_experts", "non_expert_modules")
+        without_effect = []
+        if self.method != "esft":
+            without_effect.append((f"method is {self.method}", (*selecting, "expert_config")))
+        if self.method != "lora":
+            without_effect.append((f"method is {self.method}", ("lora_rank", "lora_scaling")))
+        if self.expert_config:
+            without_effect.append(("expert_config is given", selecting))
+        for reason, names in without_effect:
+            for name in names:
+                if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}; no effect, since {reason}"
+                    )
+        if self.document_mask and self.random_concat_ratio:
+            raise ValueError(
+                f"random_concat_ratio is {self.random_concat_ratio}; must be 0 with document_mask, "
+                "which keeps the samples of a row apart"
+            )
 
-def parse_config(argv: list[str] | None = None) -> TrainConfig:
-    """The config of a command line. Raises ValueError that names file, key and what is required."""
+
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description="Fine-tune the experts of a DeepSeek-MoE checkpoint that a task uses: score, "
@@ -259,6 +326,14 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     parser.add_argument(
         "--config", metavar="FILE.toml", help="keys of this list as a flat TOML file"
     )
+    parser.add_argument(
+        "--plan",
+        nargs="*",
+        type=int,
+        metavar="RANKS",
+        help="train nothing and load nothing: print the memory that the run needs, and for other "
+        "numbers of ranks that share the experts what one of them needs (--plan 1 8 64)",
+    )
     for f in fields(TrainConfig):
         shown = str(f.default).lower() if f.type is bool else f.default
         default = "" if f.default in (None, "", ()) else f" (default: {shown})"
@@ -269,7 +344,13 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
             metavar="VALUE",
             **({"nargs": "*"} if f.type == list[str] else {}),
         )
-    args = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse_config(argv: list[str] | None = None) -> TrainConfig:
+    """The config of a command line. Raises ValueError that names file, key and what is required."""
+    args = vars(command_line().parse_args(argv))
+    del args["plan"]
     path = args.pop("config")
     values = {}
     if path:
@@ -345,6 +426,8 @@ class MasterAdamW:
         matrices = [m for m in self.masters.values() if m.ndim > 1]
         vectors = [m for m in self.masters.values() if m.ndim < 2]  # norms and biases do not decay
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        if any(master.is_meta for master in self.masters.values()):
+            return  # a plan counts the bytes of gradients, and takes no step
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=config.learning_rate,
@@ -412,8 +495,8 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------
-# Output directory: train_config.json, expert_cfg.json, adapter/, metrics.jsonl, checkpoints/,
-# results.json
+# Output directory: train_config.json, expert_cfg.json, scores before and after, adapter/,
+# metrics.jsonl, checkpoints/, eval/, results.json, report.txt, report.png
 
 
 def input_files(config: TrainConfig) -> list[str]:
@@ -421,20 +504,22 @@ def input_files(config: TrainConfig) -> list[str]:
     return [p for p in (config.data, config.validation_data, config.expert_config, *sets) if p]
 
 
-def identity(config: TrainConfig) -> dict:
-    """What makes two runs the same: the keys that change results, the content of input files."""
+def identity(config: TrainConfig, base_fingerprint: str) -> dict:
+    """What makes two runs the same: the keys that change results, the base's weights, the content
+    of input files."""
     keys = asdict(config)
     for name in ("overwrite", "device", "log_steps"):
         del keys[name]
     keys["eval_sets"] = list(config.eval_sets)
+    keys["fingerprint of model"] = base_fingerprint
     for path in input_files(config):
         keys[f"sha256 of {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return keys
 
 
-def check_output(config: TrainConfig) -> None:
-    """Raises ValueError if output_dir holds a run of another config, naming the keys that differ,
-    or something else, or an input of this run."""
+def check_output(config: TrainConfig, mine: dict) -> None:
+    """Raises ValueError if output_dir holds a run of another config than `mine`, naming the keys
+    that differ, or something else, or an input of this run."""
     output = Path(config.output_dir)
     for path in (config.model, *input_files(config)):
         if Path(path).resolve().is_relative_to(output.resolve()):
@@ -443,7 +528,7 @@ def check_output(config: TrainConfig) -> None:
         raise ValueError(f"output_dir is {output}; it is a file")
     saved = output / "train_config.json"
     if saved.exists() and not config.overwrite:
-        theirs, mine = read_json(saved), identity(config)
+        theirs = read_json(saved)
         if not isinstance(theirs, dict):
             raise ValueError(f"{saved}: must be a JSON object")
         differing = [
@@ -460,19 +545,19 @@ def check_output(config: TrainConfig) -> None:
         raise ValueError(f"output_dir is {output}; it holds files that no run of train.py wrote")
 
 
-def save_checkpoint(output: Path, optimizer: MasterAdamW, state: dict) -> None:
-    """Writes checkpoints/step-N whole or not at all, and keeps the newest two."""
-    directory = output / "checkpoints" / f"step-{state['step']:06d}"
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with replacing(part / "optimizer.safetensors") as file:
-        save_file(optimizer.state(), file)
-    write_json(part / "state.json", state)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
-    for old in checkpoints(output)[:-2]:
-        shutil.rmtree(old)
+@contextmanager
+def locked(output: Path):
+    """Makes the directory and holds it for this process: two runs that write to one directory would
+    spoil each other's. Raises ValueError if another holds it."""
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        yield
+    except BlockingIOError:
+        raise ValueError(f"output_dir is {output}; another process is writing there") from None
+    finally:
+        os.close(handle)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -480,22 +565,78 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(output: Path, optimizer: MasterAdamW, state: dict) -> None:
+    """Writes checkpoints/step-N, unless it is there (or N is 0), whole or not at all, with the hash
+    of each file; keeps the newest two."""
+    directory = output / "checkpoints" / f"step-{state['step']:06d}"
+    if directory.exists() or not state["step"]:
+        return
+    part = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with replacing(part / "optimizer.safetensors") as file:
+            save_file(optimizer.state(), file)
+        write_json(part / "state.json", state)
+        hashes = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+        write_json(part / "sha256.json", hashes)
+        os.replace(part, directory)
+        sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in checkpoints(output)[:-2]:
+        shutil.rmtree(old)
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint; None if its files are as they were written."""
+    try:
+        hashes = read_json(directory / "sha256.json")
+        for name in ("optimizer.safetensors", "state.json"):
+            if not isinstance(hashes, dict) or file_hash(directory / name) != hashes.get(name):
+                return f"{directory / name}: is not as it was written (its hash differs)"
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that is whole. Damaged ones are reported and set aside."""
+    for directory in reversed(checkpoints(output)):
+        problem = damage(directory)
+        if problem is None:
+            return directory
+        aside = directory.with_name(f"damaged-{directory.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(directory, aside)
+        print(f"{problem}; set aside as {aside}, the checkpoint before it is used", flush=True)
+    return None
+
+
 def resume(output: Path, optimizer: MasterAdamW) -> dict:
-    """Puts the newest checkpoint in place and returns its state; metrics.jsonl goes back to that
-    step."""
-    state = {"step": 0, "best_loss": None}
-    if saved := checkpoints(output):
-        state = read_json(saved[-1] / "state.json")
-        with open_tensors(saved[-1] / "optimizer.safetensors") as file:
+    """Puts the newest whole checkpoint in place and returns its state; metrics.jsonl goes back to
+    that step."""
+    state = {"step": 0, "best_loss": None, "seconds": 0.0}
+    if newest := newest_checkpoint(output):
+        state = read_json(newest / "state.json")
+        with open_tensors(newest / "optimizer.safetensors") as file:
             optimizer.restore({name: file.get_tensor(name) for name in file.keys()}, state["step"])
     metrics = output / "metrics.jsonl"
     if metrics.exists():  # steps after the checkpoint will come again; a last line may be cut short
-        lines = metrics.read_text().split("\n")[:-1]
+        kept = [line for line in read_metrics(metrics) if line["step"] <= state["step"]]
         with replacing(metrics) as part:
-            part.write_text(
-                "".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"])
-            )
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return state
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [parse_json(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -504,59 +645,114 @@ def resume(output: Path, optimizer: MasterAdamW) -> dict:
 
 @dataclass
 class Rows:
-    """Packed rows (rows, seq_length), for training and for validation."""
+    """Packed rows (rows, seq_length), for training or for validation; see `data.pack`."""
 
     tokens: Tensor
     labels: Tensor
+    documents: Tensor
+
+    def take(self, rows) -> "Rows":
+        return Rows(self.tokens[rows], self.labels[rows], self.documents[rows])
+
+    def split(self, size: int) -> list["Rows"]:
+        columns = self.tokens.split(size), self.labels.split(size), self.documents.split(size)
+        return [Rows(*part) for part in zip(*columns)]
+
+    @property
+    def learned(self) -> Tensor:
+        """How many labels count: the first of a row is predicted by nothing."""
+        return (self.labels[:, 1:] != IGNORE).sum()
+
+    def losses(self, config: TrainConfig, model: Transformer, **options):
+        """`token_losses` of these rows."""
+        documents = self.documents.to(config.device) if config.document_mask else None
+        return token_losses(model, self.tokens.to(config.device), self.labels, documents, **options)
 
 
 def prepare_rows(
     config: TrainConfig, samples: list[Sample], tokenizer: Tokenizer
 ) -> tuple[Rows, Rows | None]:
     """Rows for training, and for validation where the config asks for it."""
-    length, pad_id, seed = config.seq_length, tokenizer.eos_id, config.seed
-    rows = Rows(*pack(samples, length, config.random_concat_ratio, pad_id, seed))
-    held_out = None
+
+    def packed(samples: list[Sample], ratio: float) -> Rows:
+        sizes = config.seq_length, ratio, tokenizer.eos_id, config.seed
+        return Rows(*pack(samples, *sizes, document_mask=config.document_mask))
+
+    rows, held_out = packed(samples, config.random_concat_ratio), None
     if config.validation_data:
-        held_out = Rows(
-            *pack(encode_file(config.validation_data, tokenizer), length, 0.0, pad_id, seed)
-        )
+        held_out = packed(encode_file(config.validation_data, tokenizer), 0.0)
     elif config.validation_fraction:
         held = math.ceil(len(rows.tokens) * config.validation_fraction)
         if held == len(rows.tokens):
             raise ValueError(
-                f"{config.data}: fills {held} row of seq_length {length}, too few to hold out a "
-                "part; set validation_data, a shorter seq_length, or validation_fraction 0"
+                f"{config.data}: fills {held} row of seq_length {config.seq_length}, too few to "
+                "hold out a part; set validation_data, a shorter seq_length, or "
+                "validation_fraction 0"
             )
-        order = epoch_order(len(rows.tokens), seed, -1)
-        held_out = Rows(rows.tokens[order[:held]], rows.labels[order[:held]])
-        rows = Rows(rows.tokens[order[held:]], rows.labels[order[held:]])
+        order = epoch_order(len(rows.tokens), config.seed, -1)
+        rows, held_out = rows.take(order[held:]), rows.take(order[:held])
     for part, path in ((rows, config.data), (held_out, config.validation_data or config.data)):
-        if part and not (part.labels[:, 1:] != IGNORE).any():
+        if part and not part.learned:
             raise ValueError(f"{path}: holds no answer to learn from; every one is masked")
     return rows, held_out
 
 
-def choose_experts(
-    config: TrainConfig, model: Transformer, samples: list[Sample], pad_id: int
-) -> dict:
+@dataclass
+class Inputs:
+    """What a run reads, checked."""
+
+    base: Path
+    base_config: ModelConfig
+    tokenizer: Tokenizer
+    samples: list[Sample]
+    rows: Rows
+    held_out: Rows | None
+    identity: dict
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Reads and checks everything but the base's weights, of which it reads what they are called.
+    Nothing is written. Raises ValueError and OSError that name file and field."""
+    check_device(config.device)
+    base = local_directory(config.model)
+    meta, stored = read_checkpoint(base)
+    tokenizer = load_tokenizer(base, config.chat_format)
+    samples = encode_file(config.data, tokenizer)
+    rows, held_out = prepare_rows(config, samples, tokenizer)
+    for entry in config.eval_sets:
+        task, _, path = entry.partition(":")
+        check_file(task, path, tokenizer)
+    if config.expert_config:
+        given = read_expert_cfg(config.expert_config, meta.config)
+        if not trained_parameters(meta, given):
+            raise ValueError(f"{config.expert_config}: selects nothing to train")
+    mine = identity(config, fingerprint(stored))
+    check_output(config, mine)
+    return Inputs(base, meta.config, tokenizer, samples, rows, held_out, mine)
+
+
+def score_experts(config: TrainConfig, model: Transformer, inputs: Inputs, path: Path) -> Scores:
+    """Scores of the experts on the training data; those in `path`, if this run wrote them
+    before."""
+    if not path.exists():
+        sizes = config.n_sample_tokens, config.seq_length, config.seed
+        drawn = scoring_batches(sample_tokens(inputs.samples, *sizes), inputs.tokenizer.eos_id)
+        write_json(path, collect_scores(model, drawn, config.average))
+    return read_scores(path)
+
+
+def choose_experts(config: TrainConfig, model_config: ModelConfig, scores: Scores) -> dict:
     """The run's expert_cfg: full's, that of the run that is continued, the given one, or a new
-    selection, whose scores are saved."""
-    output = Path(config.output_dir)
-    path = output / "expert_cfg.json"
+    selection."""
+    path = Path(config.output_dir) / "expert_cfg.json"
     if path.exists():
-        return read_expert_cfg(path, model.config)
+        return read_expert_cfg(path, model_config)
     if config.method == "full":
-        expert_cfg = everything(model.config)
+        expert_cfg = everything(model_config)
     elif config.expert_config:
-        expert_cfg = read_expert_cfg(config.expert_config, model.config)
+        expert_cfg = read_expert_cfg(config.expert_config, model_config)
     else:
-        drawn = sample_tokens(samples, config.n_sample_tokens, config.seq_length, config.seed)
-        scores = collect_scores(model, scoring_batches(drawn, pad_id), config.average)
-        write_json(output / "expert_cfg.scores.json", scores)
-        experts = select(scores, config.score, config.top_p)
-        if config.selection == "random":
-            experts = select_random(experts, model.config.n_routed_experts, config.seed)
+        experts = choose(scores, config.score, config.top_p, config.selection, config.seed)
         expert_cfg = {
             "experts": experts,
             "shared_experts": config.shared_experts,
@@ -565,6 +761,17 @@ def choose_experts(
         print(describe(experts, scores, config.score))
     write_json(path, expert_cfg)
     return expert_cfg
+
+
+def mark_trained(
+    config: TrainConfig, model: Transformer, expert_cfg: dict | None
+) -> dict[str, nn.Parameter]:
+    """Freezes all but what the method trains, and returns that; LoRA's matrices are added."""
+    if config.method == "lora":
+        add_lora(model, config.lora_rank, config.lora_scaling, config.seed)
+        return lora_parameters(model)
+    mark_trainable(model, expert_cfg)
+    return trained_parameters(model, expert_cfg)
 
 
 def run_eval_sets(
@@ -586,144 +793,228 @@ def run_eval_sets(
 
 
 @dataclass
-class Job:
-    """What a run works on, read and checked."""
+class Job(Inputs):
+    """What a run works on."""
 
     output: Path
-    tokenizer: Tokenizer
     model: Transformer
-    rows: Rows
-    held_out: Rows | None
-    expert_cfg: dict
+    expert_cfg: dict | None  # none with LoRA
+    parameters: dict[str, nn.Parameter]  # the trained ones
+    base_parameters: int  # how many the base has
     alpha: float  # weight of the load balance loss
     before: dict  # what run_eval_sets gave
 
+    def save_adapter(self) -> None:
+        if self.expert_cfg is None:
+            save_lora(self.model, self.output / "adapter")
+        else:
+            save_adapter(self.model, self.expert_cfg, self.output / "adapter")
 
-def prepare(config: TrainConfig) -> Job | None:
-    """Reads and checks all input, evaluates the base, and chooses what is trained. Only then, and
-    after every file was found right, is the model loaded. None if the run is finished already."""
-    base = local_directory(config.model)
-    model_config = ModelConfig.from_json(base / "config.json")
-    tokenizer = load_tokenizer(base, config.chat_format)
-    samples = encode_file(config.data, tokenizer)
-    rows, held_out = prepare_rows(config, samples, tokenizer)
-    for entry in config.eval_sets:
-        task, _, path = entry.partition(":")
-        check_file(task, path, tokenizer)
-    if config.expert_config:
-        given = read_expert_cfg(config.expert_config, model_config)
-        if not trained_parameters(build_model(model_config, "meta"), given):
-            raise ValueError(f"{config.expert_config}: selects nothing to train")
-    check_output(config)
+
+def prepare(config: TrainConfig, inputs: Inputs) -> Job:
+    """Loads the base, evaluates and scores it, and chooses what is trained."""
     output = Path(config.output_dir)
-    if (output / "results.json").exists() and not config.overwrite:
-        return None
-    model = load_model(base, config.device, getattr(torch, config.dtype), experts=config.experts)
-    if config.overwrite and output.exists():  # only now that the new run is known to start
-        shutil.rmtree(output)
-    write_json(output / "train_config.json", identity(config), indent=2)
-    before = run_eval_sets(config, model, tokenizer, output, "before")
-    expert_cfg = choose_experts(config, model, samples, tokenizer.eos_id)
-    mark_trainable(model, expert_cfg)
-    alpha = model_config.aux_loss_alpha if config.aux_loss_alpha is None else config.aux_loss_alpha
-    return Job(output, tokenizer, model, rows, held_out, expert_cfg, alpha, before)
+    dtype = getattr(torch, config.dtype)
+    model = load_model(inputs.base, config.device, dtype, experts=config.experts)
+    if config.overwrite:  # only now that the new run is known to start
+        for path in output.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(output / "train_config.json", inputs.identity, indent=2)
+    before = run_eval_sets(config, model, inputs.tokenizer, output, "before")
+    path = output / "expert_cfg.scores.json"
+    scores = score_experts(config, model, inputs, path)
+    lora = config.method == "lora"
+    expert_cfg = None if lora else choose_experts(config, inputs.base_config, scores)
+    return Job(
+        **vars(inputs),
+        output=output,
+        model=model,
+        expert_cfg=expert_cfg,
+        base_parameters=sum(p.numel() for p in model.parameters()),
+        parameters=mark_trained(config, model, expert_cfg),
+        alpha=balance_weight(config, inputs.base_config),
+        before=before,
+    )
+
+
+def balance_weight(config: TrainConfig, model_config: ModelConfig) -> float:
+    given = config.aux_loss_alpha
+    return model_config.aux_loss_alpha if given is None else given
 
 
 @torch.no_grad()
 def validate(config: TrainConfig, job: Job) -> float:
     """Mean cross-entropy over all labels of the validation rows."""
     micro_batch = config.batch_size // config.gradient_accumulation_steps
-    tokens, labels = job.held_out.tokens.split(micro_batch), job.held_out.labels.split(micro_batch)
     total = torch.zeros((), dtype=torch.float64, device=config.device)
-    for micro_tokens, micro_labels in zip(tokens, labels):
-        losses, _ = token_losses(job.model, micro_tokens.to(config.device), micro_labels)
+    for part in job.held_out.split(micro_batch):
+        losses, _ = part.losses(config, job.model)
         total += losses.double().sum()
-    return total.item() / (job.held_out.labels[:, 1:] != IGNORE).sum().item()
+    return total.item() / job.held_out.learned.item()
 
 
 def compute_gradients(
-    config: TrainConfig, job: Job, optimizer: MasterAdamW, step: int, parallel
+    config: TrainConfig,
+    model: Transformer,
+    rows: Rows,
+    alpha: float,
+    optimizer: MasterAdamW,
+    parallel,
 ) -> Tensor:
-    """Adds the gradients of a step's rows to the optimizer, micro-batch by micro-batch, and returns
-    this rank's part of the loss: the sum over all labels that count divided by their number in the
-    whole step, so that neither micro-batches nor ranks weigh labels differently."""
-    chosen = rows_of_step(len(job.rows.tokens), config.batch_size, config.seed, step)
-    mine = chosen[parallel.rank :: parallel.world_size]
-    tokens, labels = job.rows.tokens[mine], job.rows.labels[mine]
-    learned = parallel.sum((labels[:, 1:] != IGNORE).sum()).clamp(min=1).item()
-    micro_batch = len(mine) // config.gradient_accumulation_steps
-    loss = torch.zeros((), device=config.device)
-    for micro_tokens, micro_labels in zip(tokens.split(micro_batch), labels.split(micro_batch)):
-        losses, balance = token_losses(
-            job.model,
-            micro_tokens.to(config.device),
-            micro_labels,
-            balance=job.alpha > 0,
-            checkpointing=config.gradient_checkpointing,
+    """Adds the gradients of this rank's rows of a step to the optimizer, micro-batch by
+    micro-batch, and returns each one's part of the loss (micro-batches,): the sum over all labels
+    that count divided by their number in the whole step, so that neither micro-batches nor ranks
+    weigh labels differently."""
+    learned = parallel.sum(rows.learned).clamp(min=1).item()
+    parts = rows.split(len(rows.tokens) // config.gradient_accumulation_steps)
+    loss = torch.zeros(len(parts), device=config.device)
+    for i, part in enumerate(parts):
+        losses, balance = part.losses(
+            config, model, balance=alpha > 0, checkpointing=config.gradient_checkpointing
         )
         total = losses.sum() / learned
-        loss += total.detach()
-        if job.alpha > 0:
-            total = total + job.alpha * balance.sum() / config.batch_size
+        loss[i] = total.detach()
+        if alpha > 0:
+            total = total + alpha * balance.sum() / config.batch_size
         total.backward()
         optimizer.accumulate()
     return loss
 
 
-def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
-    """The whole job; returns what results.json holds."""
-    started = time.perf_counter()
-    job = prepare(config)
-    if job is None:
-        print(f"{config.output_dir} holds the finished run; --overwrite true starts anew")
-        return read_json(Path(config.output_dir) / "results.json")
-    optimizer = MasterAdamW(trained_parameters(job.model, job.expert_cfg), config)
-    state = resume(job.output, optimizer)
-    print_start(config, job, optimizer, state)
+def not_finite(
+    config: TrainConfig, job: Job, step: int, chosen: list[int], losses: Tensor, norm: float
+) -> str:
+    """What to say of a step, from 0, whose losses (micro-batches,) or gradient norm are not finite:
+    its rows, or only those of the micro-batches with a bad loss, if there are such."""
+    bad = ~losses.isfinite().cpu()
+    suspects = torch.tensor(chosen).view(len(losses), -1)[bad if bad.any() else ~bad].flatten()
+    named = []
+    for row in suspects.tolist():
+        first, last = job.rows.documents[row, [0, -1]].tolist()
+        named.append(f"{first + 1} to {min(last + 1, len(job.samples))}")
+    return (
+        f"step {step + 1}: the loss is {losses.sum().item():g} and the gradient norm is {norm:g}; "
+        f"both must be finite. The step's rows hold these samples of {config.data}: "
+        f"{', '.join(named)}. The same config comes to the same end: look at them, or choose a "
+        "lower learning_rate and another output_dir"
+    )
 
-    clock = time.perf_counter()
-    with open(job.output / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+
+@contextmanager
+def saying_what_is_kept(output: Path):
+    """Adds to what ends a run early how much of it is kept."""
+    try:
+        yield
+    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+        saved = checkpoints(output)
+        kept = f"kept: {saved[-1]}, from which" if saved else "no step was saved yet;"
+        said = f"{error}; " if str(error) else ""
+        raise type(error)(f"{said}{kept} the same command goes on") from None
+
+
+class Interruption:
+    """Within its block a first SIGINT or SIGTERM only leaves its name in `received`, so that the
+    step at hand can be finished; a second one acts as it does outside."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self) -> "Interruption":
+        self.outside = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+        self.restore()
+        os.write(2, b"\nfinishes the step, then writes a checkpoint; again: stops at once\n")
+
+    def restore(self) -> None:
+        for number, handler in self.outside.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_) -> None:
+        self.restore()
+
+
+def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
+    """The whole job; returns what results.json holds.
+
+    Raises KeyboardInterrupt after a SIGINT or SIGTERM, FloatingPointError at a loss or gradient
+    that is not finite, OSError where a file cannot be written: each says which checkpoint is
+    kept."""
+    be_deterministic(config.deterministic)
+    inputs = read_inputs(config)
+    output = Path(config.output_dir)
+    if (output / "results.json").exists() and not config.overwrite:
+        print(f"{output} holds the finished run; --overwrite true starts anew")
+        return read_json(output / "results.json")
+    with locked(output), saying_what_is_kept(output):
+        return run(config, inputs, parallel)
+
+
+def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
+    """`train`, of what is read and checked, in an output_dir that no other process writes to."""
+    started = time.perf_counter()
+    job = prepare(config, inputs)
+    optimizer = MasterAdamW(job.parameters, config)
+    state = resume(job.output, optimizer)
+    print_start(config, job, state)
+    started -= state["seconds"]  # of the processes before, up to the checkpoint
+
+    clock = Clock(config, state["step"])
+    with Interruption() as stop, open(job.output / "metrics.jsonl", "a") as metrics:
         for step in range(state["step"], config.steps):
+            chosen = rows_of_step(len(job.rows.tokens), config.batch_size, config.seed, step)
+            chosen = chosen[parallel.rank :: parallel.world_size]
+            rows = job.rows.take(chosen)
             learning_rate = learning_rate_at(config, step)
-            loss = compute_gradients(config, job, optimizer, step, parallel)
+            losses = compute_gradients(config, job.model, rows, job.alpha, optimizer, parallel)
             parallel.reduce_gradients(optimizer.gradients)
             norm = parallel.grad_norm(optimizer.gradients)
+            loss, norm_value = parallel.sum(losses.sum()).item(), norm.item()
+            if not (math.isfinite(loss) and math.isfinite(norm_value)):
+                save_checkpoint(job.output, optimizer, state)
+                raise FloatingPointError(not_finite(config, job, step, chosen, losses, norm_value))
             nn.utils.clip_grads_with_norm_(optimizer.masters.values(), config.max_grad_norm, norm)
             optimizer.step(learning_rate)
 
             state["step"] = step + 1
             last = state["step"] == config.steps
-            seconds = time.perf_counter() - clock
             record = {
                 "step": state["step"],
-                "loss": parallel.sum(loss).item(),
+                "loss": loss,
                 "learning_rate": learning_rate,
-                "grad_norm": norm.item(),
-                "tokens_per_second": round(config.batch_size * config.seq_length / seconds),
+                "grad_norm": norm_value,
+                **clock.step_done(),
             }
             if job.held_out and (state["step"] % config.eval_steps == 0 or last):
                 record["validation_loss"] = validate(config, job)
                 if state["best_loss"] is None or record["validation_loss"] < state["best_loss"]:
                     state["best_loss"] = record["validation_loss"]
-                    save_adapter(job.model, job.expert_cfg, job.output / "adapter")
+                    job.save_adapter()
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
-            if state["step"] % config.save_steps == 0 or last:
+            if state["step"] % config.save_steps == 0 or last or stop.received:
+                os.fsync(metrics.fileno())
+                state["seconds"] = round(time.perf_counter() - started, 1)
                 save_checkpoint(job.output, optimizer, state)
             print_step(config, record)
-            clock = time.perf_counter()
+            if stop.received:
+                raise KeyboardInterrupt(f"{stop.received} after step {state['step']}")
+            clock.start_step()
 
     if job.held_out is None:
-        save_adapter(job.model, job.expert_cfg, job.output / "adapter")
+        job.save_adapter()
     load_adapter(job.model, job.output / "adapter")  # the best state
+    score_experts(config, job.model, job, job.output / "scores_after.json")
     results = {
         "method": config.method,
         "steps": config.steps,
         "learning_rate": config.learning_rate,
         "seed": config.seed,
-        "trained_parameters": sum(p.numel() for p in optimizer.parameters.values()),
-        "all_parameters": sum(p.numel() for p in job.model.parameters()),
-        "adapter_bytes": (job.output / "adapter" / "adapter.safetensors").stat().st_size,
+        "trained_parameters": sum(p.numel() for p in job.parameters.values()),
+        "all_parameters": job.base_parameters,
+        "adapter_bytes": sum(f.stat().st_size for f in job.output.glob("adapter/*.safetensors")),
         "best_validation_loss": state["best_loss"],
         "before": job.before,
         "after": run_eval_sets(config, job.model, job.tokenizer, job.output, "after"),
@@ -733,21 +1024,315 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
     return results
 
 
+def be_deterministic(on: bool) -> None:
+    """Whether sums of many numbers are taken in the same order every time. A CPU does so in any
+    case; README.md says what it costs on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, on a GPU
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+
+
+class Clock:
+    """What a step took, and what is left to do at that speed."""
+
+    def __init__(self, config: TrainConfig, first: int):
+        self.config, self.first, self.done = config, first, first
+        self.begun = self.step_begun = time.perf_counter()
+
+    def start_step(self) -> None:
+        self.step_begun = time.perf_counter()
+
+    def step_done(self) -> dict:
+        """tokens_per_second of the step alone; memory_gib: the peak so far, of the GPU or of the
+        process; seconds_left with validation and checkpoints."""
+        config, now = self.config, time.perf_counter()
+        self.done += 1
+        tokens = config.batch_size * config.seq_length
+        left = (config.steps - self.done) * (now - self.begun) / (self.done - self.first)
+        return {
+            "tokens_per_second": round(tokens / (now - self.step_begun)),
+            "memory_gib": round(peak_memory(config.device) / 2**30, 2),
+            "seconds_left": round(left, 2),
+        }
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the largest sum of tensors on a GPU so far; on a CPU the process's resident memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ------------------------------------------------------------------------------------------
+# What a run needs, without loading it
+
+ASSUMED_SHARE = 0.075  # of the experts; the published selection for intent: 124 of 1,664
+GPU_SIZES = (24, 48, 80, 141, 180)  # GB
+OVERHEAD = 1.5 * 2**30  # what CUDA, its libraries and the allocator's gaps take beside tensors
+
+
+class FlashAttention(torch.autograd.Function):
+    """The memory of a fused attention kernel on the meta device, where torch would take the one
+    that holds all scores: kept are its inputs, its output, and one number a query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        out = torch.empty_like(q[..., : v.shape[-1]])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+def fused_attention(q, k, v, attn_mask=None, **_) -> Tensor:
+    """Stands in for `scaled_dot_product_attention`."""
+    return FlashAttention.apply(q, k, v, attn_mask)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, for as long as they live. `known`: what
+    is there already and does not count."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def step_bytes(config: TrainConfig, model: Transformer, trained: dict[str, nn.Parameter]) -> int:
+    """The most bytes that one step allocates beside weights, masters and moments: activations,
+    gradients, temporaries. `compute_gradients` itself runs, on tensors without data; two
+    micro-batches, where there are more, since the second meets the gradients of the first."""
+    micro_batch = config.batch_size // config.gradient_accumulation_steps
+    micro_batches = min(config.gradient_accumulation_steps, 2)
+    tokens = torch.zeros(micro_batch * micro_batches, config.seq_length, dtype=torch.int64)
+    rows = Rows(tokens, tokens, tokens)
+    rehearsal = replace(config, device="meta", gradient_accumulation_steps=micro_batches)
+    known = [*model.parameters(), *model.buffers()]
+    known += [stack for m in model.modules() if isinstance(m, MoE) for stack in (m.gate_up, m.down)]
+    optimizer = MasterAdamW(trained, rehearsal)
+    attention = nn.functional.scaled_dot_product_attention
+    if config.device.startswith("cuda"):
+        attention = fused_attention
+    alpha = balance_weight(config, model.config)
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
+        Allocations([*known, *optimizer.masters.values()]) as allocations,
+    ):
+        compute_gradients(rehearsal, model, rows, alpha, optimizer, SingleProcess())
+    return allocations.peak
+
+
+def planned_experts(config: TrainConfig, model_config: ModelConfig) -> tuple[dict | None, str]:
+    """The expert_cfg that a run would train, and where it is from; while it is not selected yet, as
+    many experts as the published selection for intent has."""
+    if config.method == "lora":
+        return None, f"LoRA of rank {config.lora_rank}"
+    if config.method == "full":
+        return everything(model_config), "everything"
+    for path in (Path(config.output_dir) / "expert_cfg.json", Path(config.expert_config)):
+        if path.is_file():
+            return read_expert_cfg(path, model_config), f"the experts of {path}"
+    E = model_config.n_routed_experts
+    count = max(round(ASSUMED_SHARE * E), 1)
+    experts = {
+        str(layer): [i * E // count for i in range(count)] for layer in model_config.moe_layers
+    }
+    flags = {name: getattr(config, name) for name in ("shared_experts", "non_expert_modules")}
+    said = f"{count} of {E} experts a layer, assumed: they are not selected yet"
+    return {"experts": experts, **flags}, said
+
+
+def plan_rank(
+    config: TrainConfig, model: Transformer, trained: dict[str, nn.Parameter], ranks: int
+) -> dict:
+    """What one of `ranks` ranks holds and needs, in parameters and bytes: the one with the most
+    trained parameters. Each layer's experts are split over the ranks, in order; everything else is
+    on every rank. A step's rows are split, too, and then into fewer micro-batches."""
+    c = model.config
+    rank_config = config_of_rank(config, ranks, c.n_routed_experts)
+
+    def held_by(rank: int, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        owner = c.n_routed_experts // ranks
+        return {
+            name: p
+            for name, p in parameters.items()
+            if not (e := re.search(r"\.mlp\.experts\.(\d+)\.", name)) or int(e[1]) // owner == rank
+        }
+
+    shares = [held_by(rank, trained) for rank in range(ranks)]
+    mine = max(shares, key=lambda share: sum(p.numel() for p in share.values()))
+    weights = held_by(shares.index(mine), dict(model.named_parameters()))
+    for name, p in trained.items():
+        p.requires_grad_(name in mine)
+    size = getattr(torch, config.dtype).itemsize
+    count = sum(p.numel() for p in mine.values())
+    micro_batch = rank_config.batch_size // rank_config.gradient_accumulation_steps
+    slots = micro_batch * config.seq_length * c.num_experts_per_tok
+    need = {
+        "micro-batches": f"{rank_config.gradient_accumulation_steps} of {micro_batch} rows",
+        "held": sum(p.numel() for p in weights.values()),
+        "trained": count,
+        "weights": sum(p.nbytes for p in [*weights.values(), *model.buffers()]),
+        "masters": 4 * count if size < 4 else 0,  # a float32 weight is its own master
+        "moments": 8 * count,
+        "gradients": 4 * count,
+        # Tokens go to other ranks and come back, one buffer each to send and to receive.
+        "exchange": 4 * slots * c.hidden_size * size if ranks > 1 else 0,
+    }
+    for checkpointing in (True, False):
+        step = step_bytes(replace(rank_config, gradient_checkpointing=checkpointing), model, mine)
+        need["activations", checkpointing] = max(step - need["gradients"], 0)
+        need["peak", checkpointing] = step + sum(
+            need[name] for name in ("weights", "masters", "moments", "exchange")
+        )
+    return need
+
+
+def config_of_rank(config: TrainConfig, ranks: int, n_experts: int) -> TrainConfig:
+    """A rank's part of a step. Raises ValueError if experts or rows cannot be split so."""
+    if ranks < 1 or n_experts % ranks:
+        raise ValueError(f"plan for {ranks} ranks; must divide n_routed_experts ({n_experts})")
+    micro_batches = max(config.gradient_accumulation_steps // ranks, 1)
+    if config.batch_size % (micro_batches * ranks):
+        raise ValueError(
+            f"batch_size is {config.batch_size}; must be a multiple of {micro_batches * ranks} for "
+            f"{ranks} ranks with {micro_batches} micro-batches each"
+        )
+    rows = config.batch_size // ranks
+    return replace(config, batch_size=rows, gradient_accumulation_steps=micro_batches)
+
+
+def plan(config: TrainConfig, ranks: list[int]) -> str:
+    """A table of what the run needs for each number of ranks, from the checkpoint's config.json
+    alone."""
+    path = local_directory(config.model, files=["config.json"]) / "config.json"
+    model_config = ModelConfig.from_json(path)
+    for count in ranks:
+        config_of_rank(config, count, model_config.n_routed_experts)  # refused before the work
+    model = build_model(model_config, "meta", getattr(torch, config.dtype), config.experts)
+    total = sum(p.numel() for p in model.parameters())
+    expert_cfg, what = planned_experts(config, model_config)
+    trained = mark_trained(config, model, expert_cfg)
+    progress = tqdm(ranks, desc="plan", unit="ranks", leave=False, disable=None)
+    needs = [plan_rank(config, model, trained, n) for n in progress]
+    lines = [
+        f"{config.model}, {total:,} parameters, {config.dtype}; {config.method}: {what}",
+        f"steps of {config.batch_size} rows of {config.seq_length} tokens; device {config.device}",
+        "",
+    ]
+
+    def add(label: str, cells: Iterable[str]) -> None:
+        lines.append(f"{label:<44}" + "".join(f"{cell:>16}" for cell in cells))
+
+    def gib(name) -> list[str]:
+        return [size_text(need[name]) for need in needs]
+
+    add("ranks that share the experts", [str(n) for n in ranks])
+    add("on one of them: micro-batches of a step", [need["micro-batches"] for need in needs])
+    add("parameters held", [f"{need['held']:,}" for need in needs])
+    add("  trained", [f"{need['trained']:,}" for need in needs])
+    add("  frozen", [f"{need['held'] - need['trained']:,}" for need in needs])
+    add(f"weights, {config.dtype}", gib("weights"))
+    add("master weights, float32", gib("masters"))
+    add("AdamW's moments, float32", gib("moments"))
+    add("gradients, float32", gib("gradients"))
+    if max(ranks) > 1:
+        add("exchange of tokens between ranks", gib("exchange"))
+    for checkpointing, said in ((True, "with"), (False, "without")):
+        used = " *" if checkpointing == config.gradient_checkpointing else ""
+        add(f"{said} gradient checkpointing:{used}", [])
+        add("  activations and what else a step holds", gib(("activations", checkpointing)))
+        add("  peak of tensors in memory", gib(("peak", checkpointing)))
+        add("  fits", [fits(config.device, need["peak", checkpointing]) for need in needs])
+    size = getattr(torch, config.dtype).itemsize
+    count = sum(p.numel() for p in trained.values())
+    lines += [
+        "",
+        "* as in this config",
+        f"on disk: adapter {size_text(count * size)}; each checkpoint to continue from "
+        f"{size_text(count * 12)}, of which two are kept and a third is written",
+    ]
+    return "\n".join(lines)
+
+
+def size_text(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
+def fits(device: str, need: int) -> str:
+    """Whether `need` bytes fit the device; where it is a GPU that is not here, which ones."""
+    if not device.startswith("cuda"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elif torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+        need += OVERHEAD
+    else:
+        enough = [size for size in GPU_SIZES if need + OVERHEAD <= size * 1e9]
+        return f"GPU of {enough[0]} GB" if enough else f"no GPU to {GPU_SIZES[-1]} GB"
+    return f"{memory / 2**30:.0f} GiB: {'yes' if need <= memory else 'NO'}"
+
+
 # ------------------------------------------------------------------------------------------
 # What is printed
 
+KINDS = {  # part of a parameter's name -> what it belongs to; the first that fits counts
+    ".lora_": "low-rank updates",
+    ".mlp.experts.": "routed experts",
+    ".mlp.shared_experts.": "shared experts",
+    ".mlp.gate.": "router",
+    ".self_attn.": "attention",
+    ".mlp.": "dense layers",
+    "norm": "norms",
+    "": "embedding and head",
+}
 
-def print_start(config: TrainConfig, job: Job, optimizer: MasterAdamW, state: dict) -> None:
-    trained = sum(p.numel() for p in optimizer.parameters.values())
-    total = sum(p.numel() for p in job.model.parameters())
+
+def print_start(config: TrainConfig, job: Job, state: dict) -> None:
+    counts: dict[str, list[int]] = {}
+    for name, p in job.model.named_parameters():
+        kind = next(kind for part, kind in KINDS.items() if part in name)
+        count = counts.setdefault(kind, [0, 0])
+        count[0] += p.numel()
+        count[1] += p.numel() if name in job.parameters else 0
+    trained = sum(p.numel() for p in job.parameters.values())
+    experts = len(job.base_config.moe_layers) * job.base_config.n_routed_experts
+    chosen = sum(map(len, job.expert_cfg["experts"].values())) if job.expert_cfg else 0
+    print(f"{'':<20} {'parameters':>15} {'trained':>15}")
+    for kind, (total, of_them) in counts.items():
+        print(f"{kind:<20} {total:>15,} {of_them:>15,}{'' if of_them else '   frozen'}")
     print(
-        f"trains {trained:,} of {total:,} parameters ({trained / total:.1%}, "
-        f"{len(optimizer.parameters)} tensors); the rest is frozen"
+        f"trains {trained:,} parameters, {trained / job.base_parameters:.1%} of the base's "
+        f"{job.base_parameters:,}; {chosen} of {experts} routed experts"
     )
+    source = "the checkpoint's config" if config.aux_loss_alpha is None else "aux_loss_alpha"
+    print(f"load balance loss x {job.alpha:g} ({source})" + ("" if job.alpha else ": none"))
     print(
         f"data: {len(job.rows.tokens):,} rows of {config.seq_length} tokens, and "
         f"{len(job.held_out.tokens) if job.held_out else 0} for validation; "
-        f"{config.steps} steps of {config.batch_size} rows; load balance loss x {job.alpha:g}"
+        f"{config.steps} steps of {config.batch_size} rows"
     )
     if state["step"]:
         print(f"continues after step {state['step']}")
@@ -761,35 +1346,139 @@ def print_step(config: TrainConfig, record: dict) -> None:
         and "validation_loss" not in record
     ):
         return
-    seconds = config.batch_size * config.seq_length / max(record["tokens_per_second"], 1)
     line = (
         f"step {step:>5}/{config.steps}  loss {record['loss']:.4f}  "
         f"lr {record['learning_rate']:.1e}  norm {record['grad_norm']:.2f}  "
-        f"{record['tokens_per_second']:,} tokens/s  "
-        f"{(config.steps - step) * seconds / 60:.1f} min left"
+        f"{record['tokens_per_second']:,} tokens/s  {record['memory_gib']:.2f} GiB  "
+        f"{record['seconds_left'] / 60:.1f} min left"
     )
     if "validation_loss" in record:
         line += f"  validation {record['validation_loss']:.4f}"
     print(line, flush=True)
 
 
-def print_results(config: TrainConfig, results: dict) -> None:
+# ------------------------------------------------------------------------------------------
+# The report at the end
+
+
+def report(config: TrainConfig) -> list[str]:
+    """Writes report.txt, and report.png where matplotlib is installed, from what the finished run
+    left in output_dir. Returns what it wrote."""
     output = Path(config.output_dir)
-    share = results["trained_parameters"] / results["all_parameters"]
-    if results["before"]:
-        print(f"\n{'evaluation':<34} {'task':<7} {'before':>7} {'after':>7}")
+    results = read_json(output / "results.json")
+    metrics = read_metrics(output / "metrics.jsonl")
+    scores = [
+        read_scores(output / name) for name in ("expert_cfg.scores.json", "scores_after.json")
+    ]
+    experts = {}
+    if config.method != "lora":
+        experts = read_json(output / "expert_cfg.json")["experts"]
+    text = report_text(config, results, metrics, scores, experts)
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        draw_report(config, metrics, scores, experts, output / "report.png")
+    else:
+        text += "\nfor a picture of it: pip install matplotlib, and run the same command again\n"
+    with replacing(output / "report.txt") as part:
+        part.write_text(text, encoding="utf-8")
+    return ["report.txt", *(["report.png"] if drawn else [])]
+
+
+def report_text(
+    config: TrainConfig, results: dict, metrics: list[dict], scores: list[Scores], experts: dict
+) -> str:
+    trained, total = results["trained_parameters"], results["all_parameters"]
+    lines = [
+        f"{config.method} on {config.data}, from {config.model}: {config.steps} steps, learning "
+        f"rate {results['learning_rate']:g}, seed {config.seed}",
+        "",
+        f"trained    {trained:,} of {total:,} parameters ({trained / total:.1%})",
+        f"on disk    adapter {results['adapter_bytes'] / 2**20:.1f} MiB",
+        f"time       {results['seconds'] / 60:.1f} minutes",
+        "",
+        *quality_lines(results),
+        "",
+        f"{'step':>6} {'training loss':>14} {'validation':>11}",
+    ]
+    since: list[float] = []
+    for record in metrics:
+        since.append(record["loss"])
+        validated = record.get("validation_loss")
+        if validated is not None or record is metrics[-1]:
+            shown = f"{validated:>11.4f}" if validated is not None else ""
+            best = "  the adapter" if validated == results["best_validation_loss"] else ""
+            mean = sum(since) / len(since)
+            lines.append(f"{record['step']:>6} {mean:>14.4f} {shown}{best if shown else ''}")
+            since = []
+    lines += [
+        "",
+        f"routing on the task ({config.score} score): what the selected experts of a layer have of "
+        "it before and",
+        "after training, and how much of it moved from some experts to others",
+        f"{'layer':>5} {'selected':>9} {'before':>7} {'after':>7} {'moved':>7}",
+    ]
+    before, after = (s[f"{config.score}_scores"] for s in scores)
+    for layer in sorted(before, key=int):
+        chosen = [str(e) for e in experts.get(layer, [])]
+        moved = sum(abs(after[layer][e] - score) for e, score in before[layer].items()) / 2
+        held = [f"{sum(s[layer][e] for e in chosen):>7.3f}" for s in (before, after)]
+        lines.append(f"{layer:>5} {len(chosen):>9} {' '.join(held)} {moved:>7.3f}")
+    return "\n".join(lines) + "\n"
+
+
+def draw_report(
+    config: TrainConfig, metrics: list[dict], scores: list[Scores], experts: dict, path: Path
+) -> None:
+    """Losses; the scores with the selected experts marked; how the scores changed."""
+    from matplotlib.figure import Figure
+
+    name = f"{config.score}_scores"
+    before, after = (s[name] for s in scores)
+    layers = sorted(before, key=int)
+    figure = Figure(figsize=(12, 8 + 0.3 * len(layers)), layout="constrained")
+    losses, map_before, change = figure.subplots(3, 1, height_ratios=[3, 2, 2])
+    steps = [record["step"] for record in metrics]
+    losses.plot(steps, [record["loss"] for record in metrics], label="training")
+    validated = [record for record in metrics if "validation_loss" in record]
+    if validated:
+        points = [[r["step"] for r in validated], [r["validation_loss"] for r in validated]]
+        losses.plot(*points, "o-", label="validation")
+    losses.set(xlabel="step", ylabel="loss", title=f"{config.method} on {config.data}")
+    losses.legend()
+    draw_scores(map_before, scores[0], config.score, experts)
+    changes = [[after[i][e] - before[i][e] for e in sorted(before[i], key=int)] for i in layers]
+    most = max(abs(value) for row in changes for value in row) or 1.0
+    image = change.imshow(changes, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
+    change.set_yticks(range(len(layers)), layers)
+    change.set(xlabel="expert", ylabel="layer", title="change of the score by training")
+    figure.colorbar(image, ax=change)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+def quality_lines(results: dict) -> list[str]:
+    if not results["before"]:
+        return ["no evaluation files were named (eval_sets)"]
+    lines = [f"{'evaluation':<34} {'task':<7} {'before':>7} {'after':>7}"]
     for entry, before in results["before"].items():
         task, _, path = entry.partition(":")
         after = results["after"][entry]
-        print(
+        lines.append(
             f"{Path(path).stem:<34} {task:<7} {before['mean']:>7.3f} {after['mean']:>7.3f}   "
             f"({before['count']:,} {before['unit']})"
         )
+    return lines
+
+
+def print_results(config: TrainConfig, results: dict, reports: list[str]) -> None:
+    output = Path(config.output_dir)
+    share = results["trained_parameters"] / results["all_parameters"]
+    print("\n" + "\n".join(quality_lines(results)))
     print(
         f"{results['method']}: trained {results['trained_parameters']:,} parameters ({share:.1%}), "
         f"adapter {results['adapter_bytes'] / 2**20:.1f} MiB, {results['seconds'] / 60:.1f} minutes"
     )
-    print(f"wrote {output}/: adapter/, expert_cfg.json, metrics.jsonl, eval/, results.json")
+    print(f"wrote {output}/: adapter/, {', '.join(reports)}, metrics.jsonl, eval/, results.json")
     print(
         f"next: python model.py merge --model {config.model} --adapter {output}/adapter "
         "--output MERGED"
@@ -797,15 +1486,21 @@ def print_results(config: TrainConfig, results: dict) -> None:
 
 
 def main() -> None:
+    ranks = command_line().parse_args().plan
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         config = parse_config()
-        print_results(config, train(config))
-    except (ValueError, OSError) as error:
+        if ranks is not None:
+            print(plan(config, ranks or [1]))
+            return
+        results = train(config)
+        print_results(config, results, report(config))
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "stopped; the same command continues from the newest checkpoint, if there is one"
-        ) from None
+    except KeyboardInterrupt as error:
+        said = str(error) or "the same command goes on from what output_dir holds"
+        print(f"\nstopped: {said}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

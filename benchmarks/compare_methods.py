@@ -1,4 +1,5 @@
-"""The demo's tasks, trained by ESFT, by full fine-tuning, and with as many random experts.
+"""The demo's tasks, trained by every method: ESFT in its variants, its controls (as many random or
+lowest scored experts), LoRA, and full fine-tuning.
 
     python benchmarks/compare_methods.py tune    # each method's rate, on the validation files
     python benchmarks/compare_methods.py test    # three seeds at these rates, on the test files
@@ -16,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,15 +28,21 @@ sys.path.insert(0, str(ROOT))
 
 from model import read_json, write_json  # noqa: E402
 
+RATES = [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]
 METHODS = {  # name -> keys of train.py, learning rates to try
-    "esft": ({}, [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]),
-    "random": ({"selection": "random"}, [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]),
+    "esft": ({}, RATES),
+    "gate": ({"score": "gate"}, RATES),
+    "random": ({"selection": "random"}, RATES),
+    "lowest": ({"selection": "lowest"}, RATES),
+    "shared": ({"shared_experts": True}, RATES),
+    "non_expert": ({"non_expert_modules": True}, [1e-4, 3e-4, 1e-3, 2e-3, 3e-3]),
+    "lora": ({"method": "lora"}, [1e-4, 3e-4, 1e-3, 2e-3, 3e-3]),
     "full": ({"method": "full"}, [3e-5, 1e-4, 2e-4, 3e-4, 1e-3]),
 }
 TASKS = {"intent": "intent", "order": "exact", "sum": "exact"}  # task -> metric of eval.py
 
 
-def run(job: dict, part: str, tiny: bool) -> dict:
+def run(job: dict, part: str, device: str, tiny: bool) -> dict:
     """One training run in a process of its own, on one core; adds its scores to the job."""
     data = "demo/data"
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +51,7 @@ def run(job: dict, part: str, tiny: bool) -> dict:
             "learning_rate": job["learning_rate"],
             "seed": job["seed"],
             "output_dir": f"{folder}/run",
-            "device": "cpu",
+            "device": device,
             **METHODS[job["method"]][0],
         }
         if tiny:
@@ -58,7 +66,7 @@ def run(job: dict, part: str, tiny: bool) -> dict:
             f"exact:{data}/general_{part}.jsonl",
         ]
         for key, value in keys.items():
-            command += [f"--{key}", str(value)]
+            command += [f"--{key}", json.dumps(value) if type(value) is bool else str(value)]
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -79,8 +87,11 @@ def run(job: dict, part: str, tiny: bool) -> dict:
         "task_before": task_before,
         "general_before": general_before,
         "trained_share": results["trained_parameters"] / results["all_parameters"],
+        "trained_parameters": results["trained_parameters"],
+        "adapter_bytes": results["adapter_bytes"],
         "seconds": results["seconds"],
         "cores_of_machine": os.cpu_count(),
+        "device": device,
     }
 
 
@@ -95,13 +106,13 @@ def of(runs: list[dict], **fields) -> list[dict]:
     return [r for r in runs if all(r[name] == value for name, value in fields.items())]
 
 
-def tuning_table(runs: list[dict], tasks: list[str]) -> str:
+def tuning_table(runs: list[dict], tasks: list[str], methods: list[str]) -> str:
     lines = [
         "| task | method | learning rate | task score | general skills | |",
         "|---|---|---|---|---|---|",
     ]
     for task in tasks:
-        for method in METHODS:
+        for method in methods:
             tried = of(runs, task=task, method=method)
             for r in sorted(tried, key=lambda r: r["learning_rate"]):
                 mark = "chosen" if r["learning_rate"] == best_rate(tried) else ""
@@ -112,30 +123,33 @@ def tuning_table(runs: list[dict], tasks: list[str]) -> str:
     return "\n".join(lines)
 
 
-def test_table(runs: list[dict], tasks: list[str]) -> str:
+def test_table(runs: list[dict], tasks: list[str], methods: list[str]) -> str:
     lines = [
-        "| task | method | learning rate | trained | task score | general skills |",
-        "|---|---|---|---|---|---|",
+        "| task | method | learning rate | trained | adapter | minutes | task | general skills |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+
+    def spread(values: Iterable[float]) -> str:
+        values = list(values)
+        return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
+
     for task in tasks:
         first = of(runs, task=task)[0]
         lines.append(
-            f"| {task} | before | | | {first['task_before']:.3f} | {first['general_before']:.3f} |"
+            f"| {task} | before | | | | | {first['task_before']:.3f} | "
+            f"{first['general_before']:.3f} |"
         )
-        for method in METHODS:
+        for method in methods:
             seeds = of(runs, task=task, method=method)
-            cells = [
-                f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
-                for values in (
-                    [r["task_score"] for r in seeds],
-                    [r["general_score"] for r in seeds],
-                )
-            ]
-            share = statistics.mean(r["trained_share"] for r in seeds)
+            trained, size, seconds = (
+                statistics.mean(r[name] for r in seeds)
+                for name in ("trained_parameters", "adapter_bytes", "seconds")
+            )
             lines.append(
-                f"| {task} | {method} | {seeds[0]['learning_rate']:.0e} | {share:.1%} | "
-                + " | ".join(cells)
-                + " |"
+                f"| {task} | {method} | {seeds[0]['learning_rate']:.0e} | {trained:,.0f} | "
+                f"{size / 2**20:.1f} MiB | {seconds / 60:.1f} | "
+                f"{spread(r['task_score'] for r in seeds)} | "
+                f"{spread(r['general_score'] for r in seeds)} |"
             )
     return "\n".join(lines)
 
@@ -153,8 +167,12 @@ def main() -> None:
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all three)"
     )
     parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)"
+    )
+    parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="runs at the same time, one core each"
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--tiny",
         action="store_true",
@@ -167,7 +185,8 @@ def main() -> None:
     runs = read_json(paths[args.stage]) if paths[args.stage].exists() else []
     jobs = []
     for task in tasks:
-        for method, (_, rates) in METHODS.items():
+        for method in args.methods:
+            rates = METHODS[method][1]
             if args.stage == "tune" or args.tiny:
                 jobs += [
                     {"task": task, "method": method, "learning_rate": rate, "seed": 0}
@@ -180,18 +199,18 @@ def main() -> None:
                     for seed in range(3)
                 ]
     todo = [job for job in jobs if not of(runs, **job)]
-    todo.sort(key=lambda job: job["method"] != "full")  # the longest first
+    todo.sort(key=lambda job: job["method"] not in ("lora", "full"))  # the longest first
 
     part = "valid" if args.stage == "tune" else "test"
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in tqdm(
-            pool.map(lambda job: run(job, part, args.tiny), todo), total=len(todo), unit="run"
-        ):
-            runs.append(done)
+        started = [pool.submit(run, job, part, args.device, args.tiny) for job in todo]
+        for done in tqdm(as_completed(started), total=len(todo), unit="run"):
+            runs.append(done.result())
             write_json(paths[args.stage], runs, indent=1)
     runs = [of(runs, **job)[0] for job in jobs]
-    print(f"{len(runs)} runs of configs/demo.toml on the {part} files, one core each")
-    print((tuning_table if args.stage == "tune" else test_table)(runs, tasks))
+    print(f"{len(runs)} runs of configs/demo.toml on the {part} files, {args.device}")
+    table = tuning_table if args.stage == "tune" else test_table
+    print(table(runs, tasks, args.methods))
     print(f"wrote {paths[args.stage]}")
     if args.stage == "tune":
         print("next: python benchmarks/compare_methods.py test")

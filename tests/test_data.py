@@ -163,9 +163,10 @@ def samples_of(*lengths):
 
 
 def test_packing_by_hand():
-    tokens, labels, _ = pack(
+    tokens, labels, documents = pack(
         samples_of(3, 4, 6, 2), seq_length=5, random_concat_ratio=0.0, pad_id=9, seed=0
     )
+    assert documents.tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, 2], [3, 3, 4, 4, 4]]
     assert tokens.tolist() == [
         [100, 101, 102, 202, 203],  # the second sample loses its head
         [301, 302, 303, 304, 305],  # longer than a row: the tail is kept
@@ -175,6 +176,18 @@ def test_packing_by_hand():
         [100, 101, 102, 202, 203],
         [301, 302, 303, 304, 305],
         [400, 401, IGNORE, IGNORE, IGNORE],
+    ]
+
+
+def test_with_a_document_mask_no_sample_predicts_the_next_one():
+    samples = samples_of(3, 4, 6, 2)
+    rows = pack(samples, 5, 0.0, pad_id=9, seed=0)
+    tokens, labels, documents = pack(samples, 5, 0.0, pad_id=9, seed=0, document_mask=True)
+    assert tokens.equal(rows[0]) and documents.equal(rows[2])
+    assert labels.tolist() == [
+        [IGNORE, 101, 102, IGNORE, 203],
+        [IGNORE, 302, 303, 304, 305],
+        [IGNORE, 401, IGNORE, IGNORE, IGNORE],
     ]
 
 

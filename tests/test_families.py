@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, make_oracle, one_by_one, random_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from data import pack
 from eval import generate
 from model import (
     Cache,
@@ -26,6 +28,7 @@ from model import (
     put_tensors,
     read_checkpoint,
     save_adapter,
+    token_losses,
     trained_parameters,
 )
 
@@ -77,6 +80,27 @@ def test_logits_and_gradients_equal_the_oracle(family, seed, tmp_path):
         for name, parameter in model.named_parameters():
             scale = gradients[name].abs().max()
             assert (parameter.grad - gradients[name]).abs().max() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("family, seed", CASES)
+def test_packed_under_a_document_mask_equals_the_oracle_on_each_sample_alone(
+    family, seed, tmp_path
+):
+    oracle = save_variant(tmp_path, family, seed)
+    lengths = (4, 19, 1, 36)
+    pieces = TOKENS[0, : sum(lengths)].split(lengths)
+    samples = [(piece.tolist(), piece.tolist()) for piece in pieces]
+    rows = pack(samples, 70, 0.0, pad_id=0, seed=0, document_mask=True)
+    model = load_model(tmp_path, dtype=torch.float32)
+    losses, _ = token_losses(model, *rows)
+    alone = [
+        F.cross_entropy(oracle(piece[None]).logits[0, :-1], piece[1:], reduction="none")
+        for piece in pieces
+    ]
+    torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert len(losses) == sum(lengths) - len(lengths)
+    joined, _ = token_losses(model, *rows[:2])
+    assert (losses - joined).abs()[3:].max() > 1e-2  # without the mask they see each other
 
 
 @pytest.mark.parametrize("family, seed", CASES)

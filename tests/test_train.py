@@ -3,6 +3,7 @@ refused."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import train as training
 from data import encode_file, load_tokenizer, pack
-from model import ModelConfig, load_adapter, load_model, token_losses
+from model import ModelConfig, load_adapter, load_model, merge, token_losses
 from train import MasterAdamW, TrainConfig, learning_rate_at, parse_config, train
 
 
@@ -42,10 +43,13 @@ def settings(checkpoint, chat_file, output, **changes) -> TrainConfig:
     return config
 
 
+TIMINGS = ("tokens_per_second", "memory_gib", "seconds_left")
+
+
 def metrics(output) -> list[dict]:
     """metrics.jsonl without the timings."""
     rows = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,9 @@ def metrics(output) -> list[dict]:
         {"shared_experts": True},
         {"score": "gate"},
         {"selection": "random"},
+        {"selection": "lowest"},
+        {"non_expert_modules": True},
+        {"document_mask": True},
         {"method": "full"},
     ],
 )
@@ -93,20 +100,70 @@ def test_only_the_selection_changes_and_the_adapter_holds_exactly_it(
     assert metrics(tmp_path / "run")[-1]["loss"] < metrics(tmp_path / "run")[0]["loss"]
 
 
-def test_the_model_in_memory_is_the_base_outside_the_selection(
-    checkpoint, chat_file, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"experts": "loop"},
+        {"shared_experts": True},
+        {"non_expert_modules": True},
+        {"method": "lora"},
+        {"method": "lora", "experts": "loop", "dtype": "bfloat16"},
+    ],
+)
+def test_the_model_in_memory_is_the_base_outside_what_is_trained(
+    checkpoint, chat_file, tmp_path, monkeypatch, changes
 ):
     """The adapter could hide a frozen tensor that moved: look at the trained model itself."""
     seen = []
     monkeypatch.setattr(
         training, "load_model", lambda *a, **k: seen.append(load_model(*a, **k)) or seen[0]
     )
-    train(settings(checkpoint, chat_file, tmp_path / "run", eval_steps=100))
-    selected = load_file(tmp_path / "run/adapter/adapter.safetensors").keys()
-    for name, before in load_model(checkpoint, dtype=torch.float32).named_parameters():
-        assert torch.equal(dict(seen[0].named_parameters())[name], before) == (
-            name not in selected
-        ), name
+    config = settings(checkpoint, chat_file, tmp_path / "run", eval_steps=100, **changes)
+    train(config)
+    selected = set()
+    for path in (tmp_path / "run/adapter").glob("*.safetensors"):
+        selected |= {name for name in load_file(path) if ".lora_" not in name}
+    assert bool(selected) == (config.method == "esft")
+    trained = dict(seen[0].named_parameters())
+    base = load_model(checkpoint, dtype=getattr(torch, config.dtype))
+    for name, before in base.named_parameters():
+        assert torch.equal(trained[name], before) == (name not in selected), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"experts": "loop"}, {"gradient_checkpointing": True}])
+def test_lora_trains_what_peft_would_and_continues(checkpoint, chat_file, tmp_path, changes):
+    """The run's adapter is PEFT's format, over every linear layer; its loss falls; the merged
+    checkpoint is the trained model; and a run that stops at any step ends the same."""
+    from peft import PeftConfig
+
+    config = settings(checkpoint, chat_file, tmp_path / "run", method="lora", **changes)
+    results = train(config)
+    assert metrics(tmp_path / "run")[-1]["loss"] < metrics(tmp_path / "run")[0]["loss"] - 0.1
+    peft = PeftConfig.from_pretrained(tmp_path / "run/adapter")
+    assert (peft.peft_type, peft.r, peft.lora_alpha) == ("LORA", 8, 16)
+    assert not (tmp_path / "run/expert_cfg.json").exists()
+    merge(checkpoint, tmp_path / "run/adapter", tmp_path / "merged")
+    tokens = torch.arange(60)[None]
+    logits = [
+        load_model(checkpoint, dtype=torch.float32, adapter=tmp_path / "run/adapter")(tokens),
+        load_model(tmp_path / "merged", dtype=torch.float32)(tokens),
+    ]
+    base = load_model(checkpoint, dtype=torch.float32)(tokens)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert (logits[0] - base).abs().max() > 0.1
+    linears = sum(m.in_features + m.out_features for m in linear_layers(checkpoint))
+    assert results["trained_parameters"] == 8 * linears
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
+    (tmp_path / "run/results.json").unlink()
+    before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    train(config)
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def linear_layers(checkpoint):
+    modules = load_model(checkpoint).model.modules()
+    return [module for module in modules if isinstance(module, torch.nn.Linear)]
 
 
 def test_paths_and_checkpointing_give_the_same_run(checkpoint, chat_file, tmp_path):
@@ -336,6 +393,50 @@ def test_precedence_of_settings(tmp_path):
     assert config.eval_sets == ["loss:a", "exact:b"]
 
 
+def test_the_defaults_of_each_method_are_the_papers():
+    def config(**keys):
+        config = TrainConfig(model="m", data="d", output_dir="o", **keys)
+        config.check()
+        return config
+
+    settings = config()
+    assert (settings.method, settings.score, settings.top_p) == ("esft", "token", 0.2)
+    assert config(score="gate").top_p == 0.1
+    assert (settings.batch_size, settings.seq_length, settings.steps) == (32, 4096, 500)
+    assert (settings.eval_steps, settings.n_sample_tokens) == (100, 32 * 4096)
+    rates = {method: config(method=method).learning_rate for method in ("esft", "full", "lora")}
+    assert rates == {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
+    assert (settings.lora_rank, settings.lora_scaling) == (8, 2.0)
+    assert settings.random_concat_ratio == 0.2
+    assert config(document_mask=True).random_concat_ratio == 0.0
+
+
+def test_sources_of_experts(checkpoint, chat_file, tmp_path):
+    """Highest, lowest and random choose as many experts of each layer; a file is taken as it is."""
+    chosen = {}
+    for selection in ("highest", "lowest", "random"):
+        run = tmp_path / selection
+        train(settings(checkpoint, chat_file, run, steps=1, top_p=0.6, selection=selection))
+        chosen[selection] = json.loads((run / "expert_cfg.json").read_text())["experts"]
+        scores = json.loads((run / "expert_cfg.scores.json").read_text())["token_scores"]
+    for layer, highest in chosen["highest"].items():
+        ranked = sorted(range(8), key=lambda e: (-scores[layer][str(e)], e))
+        assert highest == ranked[: len(highest)] and len(highest) > 1
+        values = [scores[layer][str(e)] for e in chosen["lowest"][layer]]
+        assert values == sorted(scores[layer].values())[: len(highest)]
+        assert len(set(chosen["random"][layer])) == len(highest)
+    given = {"experts": {"2": [6]}, "shared_experts": True, "non_expert_modules": False}
+    (tmp_path / "cfg.json").write_text(json.dumps(given))
+    train(
+        settings(checkpoint, chat_file, tmp_path / "file", expert_config=str(tmp_path / "cfg.json"))
+    )
+    adapter = load_file(tmp_path / "file/adapter/adapter.safetensors")
+    assert {name.split(".mlp.")[1].split("_proj")[0] for name in adapter} == {
+        *(f"experts.6.{kind}" for kind in ("gate", "up", "down")),
+        *(f"shared_experts.{kind}" for kind in ("gate", "up", "down")),
+    }
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -345,7 +446,7 @@ def test_precedence_of_settings(tmp_path):
         ("top_p = true", "top_p is True; must be of type"),
         ('steps = "many"', "steps is 'many'; must be of type int"),
         ("steps = 0", "steps is 0; must be at least 1"),
-        ('method = "lora"', "method is 'lora'; must be one of esft, full"),
+        ('method = "dora"', "method is 'dora'; must be one of esft, full, lora"),
         (
             "gradient_accumulation_steps = 5",
             r"gradient_accumulation_steps is 5; must divide batch_size \(32\)",
@@ -353,7 +454,22 @@ def test_precedence_of_settings(tmp_path):
         ('eval_sets = ["intent"]', "eval_sets: 'intent' must be TASK:FILE"),
         (
             "shared_experts = true\nmethod = 'full'",
-            "shared_experts is True; no effect, since method",
+            "shared_experts is True; no effect, since method is full",
+        ),
+        ("lora_rank = 4", "lora_rank is 4; no effect, since method is esft"),
+        ("lora_rank = 0\nmethod = 'lora'", "lora_rank is 0; must be at least 1"),
+        ("lora_scaling = 0\nmethod = 'lora'", "lora_scaling is 0; must be above 0"),
+        (
+            "selection = 'lowest'\nmethod = 'lora'",
+            "selection is 'lowest'; no effect, since method is lora",
+        ),
+        (
+            "selection = 'lowest'\nexpert_config = 'cfg.json'",
+            "selection is 'lowest'; no effect, since expert_config is given",
+        ),
+        (
+            "document_mask = true\nrandom_concat_ratio = 0.2",
+            "random_concat_ratio is 0.2; must be 0 with document_mask",
         ),
         ("learning_rate = nan", "learning_rate is nan; must be above 0"),
         ("[section]", "unknown key section"),
@@ -408,7 +524,7 @@ def test_a_run_is_not_deleted_before_the_new_one_can_start(checkpoint, chat_file
         cfg = str(run / "expert_cfg.json")
         train(settings(checkpoint, chat_file, run, overwrite=True, expert_config=cfg))
     with pytest.raises(ValueError, match="device is 'cude'; not available here"):
-        settings(checkpoint, chat_file, run, overwrite=True, device="cude")
+        train(settings(checkpoint, chat_file, run, overwrite=True, device="cude"))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
     chat_file.write_text('{"prompt": "a", "completion": "another file"}\n' * 40)
     with pytest.raises(ValueError, match=r"holds a run of another config: sha256 of .*train.jsonl"):

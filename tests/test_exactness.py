@@ -1,0 +1,371 @@
+"""A run that is killed, interrupted, damaged or out of disk ends as if nothing had happened; what
+is frozen does not move; one step is what the formulas say."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, save_tokenizer, save_with_transformers
+from safetensors.torch import load_file, save_file
+from test_train import metrics, settings
+
+import model as modeling
+import train as training
+from data import IGNORE
+from model import load_model, mark_trainable, token_losses, trained_parameters
+from train import TrainConfig, checkpoints, train
+
+
+def result(output: Path) -> dict:
+    """What must be the same, bit for bit."""
+    files = ["adapter/adapter.safetensors", "adapter/expert_cfg.json", "expert_cfg.json"]
+    files += ["checkpoints/step-000006/optimizer.safetensors", "scores_after.json"]
+    return {"metrics": metrics(output)} | {name: (output / name).read_bytes() for name in files}
+
+
+@pytest.fixture
+def run(checkpoint, chat_file, tmp_path):
+    """Trains in a folder under `tmp_path`, with a checkpoint after every step."""
+
+    def run(name: str, **changes) -> Path:
+        changes = {"save_steps": 1, "dtype": "bfloat16", **changes}
+        train(settings(checkpoint, chat_file, tmp_path / name, **changes))
+        return tmp_path / name
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------
+# Kills
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_at_any_touch_of_the_file_system(run, tmp_path, monkeypatch):
+    """A process that dies does nothing more: after the first call that fails, all of them do, so
+    that no `finally` tidies up."""
+    whole = result(run("whole"))
+    calls = [(os, "replace"), (os, "fsync"), (os, "chmod"), (shutil, "rmtree"), (Path, "unlink")]
+    calls += [(Path, "mkdir"), (modeling, "save_file"), (training, "save_file")]
+
+    def kill_at(number: int, folder: str) -> bool:
+        """Runs until the `number`-th call; says whether there was one."""
+        count = 0
+
+        def dying(function):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count >= number:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for owner, name in calls:
+                patched.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                run(folder)
+            except Killed:
+                return True
+        return False
+
+    number, ends = 1, 0
+    while kill_at(number, f"run{number}"):
+        assert result(run(f"run{number}")) == whole, number
+        shutil.rmtree(tmp_path / f"run{number}")
+        number, ends = number + 11, ends + 1  # each kind of call, and all within half a minute
+    assert ends > 10
+
+
+def test_random_kills_of_the_process():
+    command = [sys.executable, "benchmarks/kills.py", "--kills", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 2
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_write_a_checkpoint_and_say_how_to_go_on(checkpoint, chat_file, tmp_path, name):
+    changes = {"steps": 120, "save_steps": 120, "eval_steps": 50}
+    config = settings(checkpoint, chat_file, tmp_path / "run", **changes)
+    command = [sys.executable, "train.py"]
+    for key, value in asdict(config).items():
+        if value not in ((), TrainConfig.__dataclass_fields__[key].default):
+            command += [f"--{key}", str(value).lower() if type(value) is bool else str(value)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    lines = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.read_text()):
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    steps = len(metrics(tmp_path / "run"))
+    assert process.returncode == 130 and 1 <= steps < 120
+    assert "finishes the step, then writes a checkpoint" in errors
+    kept = tmp_path / f"run/checkpoints/step-{steps:06d}"
+    assert f"stopped: {name} after step {steps}; kept: {kept}, from which the same" in errors
+    assert checkpoints(tmp_path / "run") == [kept]
+    train(config)
+    train(settings(checkpoint, chat_file, tmp_path / "whole", **changes))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    last = "checkpoints/step-000120/optimizer.safetensors"
+    assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_two_runs_do_not_share_a_directory(run, tmp_path):
+    with training.locked(tmp_path / "run"):
+        with pytest.raises(ValueError, match="run; another process is writing there"):
+            run("run")
+    run("run")
+
+
+# ------------------------------------------------------------------------------------------
+# Damage
+
+
+def stop_after(monkeypatch, step: int, action) -> None:
+    """Calls `action` when the step's line would be printed."""
+
+    def act(config, record):
+        if record["step"] == step:
+            action()
+
+    monkeypatch.setattr(training, "print_step", act)
+
+
+def die():
+    raise Killed
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json", "sha256.json", None])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    run, tmp_path, monkeypatch, capsys, file
+):
+    whole = result(run("whole"))
+    stop_after(monkeypatch, 4, die)
+    with pytest.raises(Killed):
+        run("run")
+    monkeypatch.undo()
+    newest = tmp_path / "run/checkpoints/step-000004"
+    if file is None:
+        (newest / "state.json").unlink()
+    else:
+        content = bytearray((newest / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / file).write_bytes(content)
+    run("run")
+    printed = capsys.readouterr().out
+    aside = tmp_path / "run/checkpoints/damaged-step-000004"
+    assert f"set aside as {aside}" in printed and aside.is_dir()
+    assert f"{newest}/{'state.json' if file is None else ''}" in printed
+    assert "continues after step 3" in printed
+    assert result(tmp_path / "run") == whole
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(run, tmp_path, monkeypatch):
+    """A limit on the size of files stands in for the disk: both refuse the write."""
+    whole = result(run("whole"))
+    size = (tmp_path / "whole/checkpoints/step-000006/optimizer.safetensors").stat().st_size
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = (size // 2, unlimited[1])
+    stop_after(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    try:
+        with pytest.raises(OSError, match=r"safetensors.*kept: .*step-000003, from which the same"):
+            run("run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    monkeypatch.undo()
+    left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert left == ["step-000002", "step-000003"]
+    assert all(training.damage(path) is None for path in checkpoints(tmp_path / "run"))
+    assert result(run("run")) == whole
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_keeps_the_state_before(
+    run, chat_file, tmp_path, monkeypatch, what
+):
+    rows_of_step, losses, seen = training.rows_of_step, training.token_losses, []
+    monkeypatch.setattr(
+        training, "rows_of_step", lambda *a: seen.append(rows_of_step(*a)) or seen[-1]
+    )
+
+    def poisoned(model, tokens, *args, **options):
+        values, balance = losses(model, tokens, *args, **options)
+        if len(seen) == 4 and options.get("checkpointing") is not None:
+            if what == "gradient":
+                values.register_hook(lambda grad: grad * torch.nan)
+            elif tokens[0].tolist() == poison:
+                values = values * torch.nan
+        return values, balance
+
+    config = settings(tmp_path, chat_file, tmp_path / "run")  # the rows depend on the data alone
+    run("rows", steps=4)
+    second = seen[3][2:]  # the second micro-batch of step 4
+    base = next(iter(tmp_path.glob("rows/train_config.json")))
+    config.model = json.loads(base.read_text())["model"]
+    inputs = training.read_inputs(config)
+    poison = inputs.rows.tokens[second[0]].tolist()
+    seen.clear()
+    monkeypatch.setattr(training, "token_losses", poisoned)
+    with pytest.raises(FloatingPointError) as error:
+        run("run", save_steps=100)
+    message = str(error.value)
+    assert message.startswith("step 4: the loss is") and "nan" in message
+    assert f"kept: {tmp_path}/run/checkpoints/step-000003, from which" in message
+    documents = [inputs.rows.documents[row] for row in (second if what == "loss" else seen[3])]
+    named = re.search(r"jsonl: (.*)\. The same", message)[1].split(", ")
+    count = len(inputs.samples)
+    assert named == [f"{d[0] + 1} to {min(d[-1] + 1, count)}" for d in documents]
+    assert len(metrics(tmp_path / "run")) == 3
+    kept = [tmp_path / name / "checkpoints/step-000003" for name in ("run", "rows")]
+    states = [(path / "optimizer.safetensors").read_bytes() for path in kept]
+    assert states[0] == states[1]
+
+
+# ------------------------------------------------------------------------------------------
+# What a step is
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_steps_equal_adamw_by_hand_on_transformers_gradients(tmp_path, chat_file, micro_batches):
+    """Loss and gradients of transformers' model over the whole step at once, the update written out
+    in float64; ours from micro-batches whose labels are masked unevenly."""
+    oracle = save_with_transformers(
+        tmp_path / "base", seed=1, vocab_size=258, first_k_dense_replace=1
+    )
+    save_tokenizer(tmp_path / "base")
+    config = settings(
+        tmp_path / "base",
+        chat_file,
+        tmp_path / "run",
+        steps=3,
+        save_steps=3,
+        gradient_accumulation_steps=micro_batches,
+        aux_loss_alpha=0.0,
+        max_grad_norm=0.5,
+        weight_decay=0.3,
+        warmup_steps=2,
+    )
+    inputs = training.read_inputs(config)
+    train(config)
+    selected = json.loads((tmp_path / "run/expert_cfg.json").read_text())["experts"]
+    parameters = dict(oracle.named_parameters())
+
+    def expert(tensors: dict, name: str):
+        """An expert's part of transformers' fused tensors."""
+        prefix, e, kind = re.fullmatch(r"(.*experts\.)(\d+)\.(\w+)_proj\.weight", name).groups()
+        if kind == "down":
+            return tensors[f"{prefix}down_proj"][int(e)]
+        return tensors[f"{prefix}gate_up_proj"][int(e)].chunk(2)[kind == "up"]
+
+    names = [
+        f"model.layers.{layer}.mlp.experts.{e}.{kind}_proj.weight"
+        for layer, experts in selected.items()
+        for e in experts
+        for kind in ("gate", "up", "down")
+    ]
+    weights = {name: expert(parameters, name).detach().double() for name in names}
+    moments = {name: (0.0, 0.0) for name in names}
+    uneven = 0
+    for step in range(3):
+        chosen = training.rows_of_step(len(inputs.rows.tokens), 4, config.seed, step)
+        labels = inputs.rows.labels[chosen]
+        counts = (labels[:, 1:] != IGNORE).sum(1).view(micro_batches, -1).sum(1)
+        uneven += len(set(counts.tolist())) > 1
+        oracle.zero_grad()
+        loss = oracle(inputs.rows.tokens[chosen], labels=labels).loss
+        loss.backward()
+        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        gradients = {name: expert(gradients, name).double() for name in names}
+        norm = sum((g**2).sum() for g in gradients.values()) ** 0.5
+        record = metrics(tmp_path / "run")[step]
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        rate = 1e-2 * min((step + 1) / 2, 1)
+        for name, g in gradients.items():
+            g = g * min(0.5 / norm.item(), 1)
+            m, v = moments[name]
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+            moments[name] = m, v
+            update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+            weights[name] = weights[name] * (1 - rate * 0.3) - rate * update
+            with torch.no_grad():
+                expert(parameters, name).copy_(weights[name])
+    assert micro_batches == 1 or uneven
+    saved = load_file(tmp_path / "run/checkpoints/step-000003/optimizer.safetensors")
+    assert {n.removeprefix("master.") for n in saved if n.startswith("master.")} == set(names)
+    for name, expected in weights.items():
+        difference = (saved[f"master.{name}"].double() - expected).norm() / expected.norm()
+        assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_selected_expert_that_sees_no_token_only_decays(chat_file, tmp_path, weight_decay):
+    base = tmp_path / "base"
+    save_with_transformers(
+        base, seed=1, family="deepseek_v3", vocab_size=258, first_k_dense_replace=1
+    )
+    save_tokenizer(base)
+    tensors = load_file(base / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[3] = -100.0  # chosen by no token
+    save_file(tensors, base / "model.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"experts": {"1": [3, 4]}}))
+    changes = {"expert_config": str(tmp_path / "cfg.json"), "chat_format": "deepseek_v2"}
+    changes |= {"weight_decay": weight_decay, "validation_fraction": 0.0}
+    train(settings(base, chat_file, tmp_path / "run", steps=3, **changes))
+    adapter = load_file(tmp_path / "run/adapter/adapter.safetensors")
+    scores = json.loads((tmp_path / "run/scores_after.json").read_text())["token_scores"]["1"]
+    assert scores["3"] == 0.0 < scores["4"]
+    for name, before in load_model(base, dtype=torch.float32).named_parameters():
+        if ".layers.1.mlp.experts.3." in name:
+            for _ in range(3):
+                before = before * (1 - 1e-2 * weight_decay)
+            torch.testing.assert_close(adapter[name], before.detach(), rtol=1e-6, atol=0)
+            assert weight_decay or torch.equal(adapter[name], before)
+        if ".layers.1.mlp.experts.4." in name:
+            assert (adapter[name] - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_bit_of_the_gradients(checkpoint, dtype):
+    model = load_model(checkpoint, dtype=dtype)
+    cfg = {"experts": {"1": [0, 3], "2": [5]}, "shared_experts": True, "non_expert_modules": True}
+    mark_trainable(model, cfg)
+    tokens = torch.randint(0, 258, (2, 48), generator=torch.Generator().manual_seed(0))
+    documents = torch.arange(48).expand(2, -1) // 13
+    gradients = []
+    for checkpointing in (False, True):
+        losses, balance = token_losses(
+            model, tokens, tokens, documents, balance=True, checkpointing=checkpointing
+        )
+        (losses.mean() + 0.1 * balance.sum()).backward()
+        gradients.append({n: p.grad for n, p in trained_parameters(model, cfg).items()})
+        model.zero_grad()
+    assert all(torch.equal(gradients[0][n], g) for n, g in gradients[1].items())
+
+
+def test_a_run_goes_on_only_with_its_own_base(run, checkpoint, chat_file, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    train(settings(base, chat_file, tmp_path / "run", steps=1))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"another config: fingerprint of model \("):
+        train(settings(base, chat_file, tmp_path / "run", steps=1))

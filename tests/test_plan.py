@@ -1,0 +1,169 @@
+"""What --plan says equals what a step takes; what a finished run shows."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_config
+from test_train import metrics, settings
+
+import train as training
+from model import build_model, load_model
+from train import Allocations, MasterAdamW, Rows, SingleProcess, TrainConfig, plan, train
+
+
+@pytest.mark.parametrize("experts", ["grouped", "loop"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_planned_bytes_are_those_of_a_real_step(checkpoint, experts, checkpointing, micro_batches):
+    """The rehearsal without data against the same step with data, on a CPU. Real tokens are spread
+    less evenly over the experts, so that the tensors of single experts differ a little."""
+    config = TrainConfig(
+        seq_length=256,
+        batch_size=2 * micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        gradient_checkpointing=checkpointing,
+        learning_rate=1e-5,
+        device="cpu",
+        dtype="bfloat16",
+    )
+    cfg = {"experts": {"1": [0, 3, 4], "2": [5]}, "shared_experts": True}
+    peaks = []
+    for model in (
+        build_model(load_model(checkpoint).config, "meta", experts=experts),
+        load_model(checkpoint, experts=experts),
+    ):
+        trained = training.mark_trained(config, model, cfg)
+        if not peaks:
+            peaks.append(training.step_bytes(config, model, trained))
+            continue
+        optimizer = MasterAdamW(trained, config)
+        tokens = torch.randint(0, 258, (config.batch_size, 256))
+        known = [*model.parameters(), *model.buffers(), *optimizer.masters.values()]
+        for layer in model.config.moe_layers:
+            moe = model.model.layers[layer].mlp
+            known += [moe.gate_up, moe.down]
+        rows = Rows(tokens, tokens, torch.zeros_like(tokens))
+        with Allocations([*known, tokens, rows.documents]) as allocations:
+            training.compute_gradients(config, model, rows, 0.0, optimizer, SingleProcess())
+        peaks.append(allocations.peak)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
+
+
+def test_plan_by_hand(tmp_path):
+    """Everything but the activations, for one rank and for four, of a model whose every number is
+    written here."""
+    fields = random_config(1) | {"hidden_size": 32, "moe_intermediate_size": 8}
+    fields |= {"model_type": "deepseek_v2", "first_k_dense_replace": 1, "n_shared_experts": 1}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(fields))
+    (tmp_path / "cfg.json").write_text(json.dumps({"experts": {"1": [0, 1, 7], "2": [2]}}))
+    config = TrainConfig(
+        model=str(tmp_path / "base"),
+        expert_config=str(tmp_path / "cfg.json"),
+        output_dir=str(tmp_path / "run"),
+        seq_length=16,
+        batch_size=8,
+        gradient_accumulation_steps=4,
+        device="cuda",
+        dtype="bfloat16",
+    )
+    meta = build_model(training.ModelConfig.from_json(tmp_path / "base/config.json"), "meta")
+    total = sum(p.numel() for p in meta.parameters())
+    expert = 3 * 32 * 8
+    trained = training.mark_trained(config, meta, json.loads((tmp_path / "cfg.json").read_text()))
+    for ranks, mine, experts, micro_batches in (
+        (1, 4, 16, "4 of 2 rows"),
+        (4, 2, 4, "1 of 2 rows"),
+    ):
+        need = training.plan_rank(config, meta, trained, ranks)
+        assert need["trained"] == mine * expert  # of four ranks the first: experts 0 and 1
+        assert need["held"] == total - (16 - experts) * expert
+        assert need["weights"] == 2 * need["held"]
+        assert need["masters"] == need["gradients"] == 4 * need["trained"]
+        assert need["moments"] == 8 * need["trained"]
+        assert need["micro-batches"] == micro_batches
+        fixed = need["weights"] + need["masters"] + need["moments"] + need["exchange"]
+        for checkpointing in (True, False):
+            activations = need["activations", checkpointing]
+            assert need["peak", checkpointing] == fixed + need["gradients"] + activations
+        assert 0 < need["activations", True] < need["activations", False]
+    text = plan(config, [1, 4])
+    assert f"{total:,} parameters" in text and "GPU of 24 GB" in text
+    for ranks, message in ((3, r"plan for 3 ranks; must divide n_routed_experts \(8\)"),):
+        with pytest.raises(ValueError, match=message):
+            plan(config, [ranks])
+
+
+def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
+    """The published shape: 15,706,484,224 parameters; experts are not selected yet."""
+    source = (ROOT / "benchmarks/v2_lite.py").read_text()
+    shape: dict = {}
+    exec(source[source.index("V2_LITE = dict(") : source.index("TINY = dict(")], shape)
+    (tmp_path / "config.json").write_text(json.dumps(shape["V2_LITE"]))
+    command = [sys.executable, "train.py", "--config", "configs/esft_v2_lite.toml", "--plan"]
+    command += ["--model", str(tmp_path), "--device", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "15,706,484,224 parameters, bfloat16; esft: 5 of 64 experts a layer, assumed" in done.stdout
+    )
+    assert "29.26 GiB" in done.stdout and not (ROOT / "runs/intent_token").exists()
+
+
+def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monkeypatch):
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text(json.dumps({"prompt": "a", "raw_answers": ["b"]}) + "\n")
+    config = settings(checkpoint, chat_file, tmp_path / "run", eval_sets=[f"exact:{evaluation}"])
+    results = train(config)
+    assert training.report(config) == ["report.txt", "report.png"]
+    assert (tmp_path / "run/report.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "run/report.txt").read_text()
+    lines = text.splitlines()
+    assert f"trained    {results['trained_parameters']:,} of {results['all_parameters']:,}" in text
+    size = (tmp_path / "run/adapter/adapter.safetensors").stat().st_size
+    assert results["adapter_bytes"] == size
+    assert any(line.split()[:2] == ["eval", "exact"] for line in lines)
+    records = metrics(tmp_path / "run")
+    losses = [
+        line.split()
+        for line in lines[lines.index(next(x for x in lines if "step" in x.split()[:1])) + 1 :][:3]
+    ]
+    for (step, mean, validated, *best), k in zip(losses, (2, 4, 6)):
+        assert int(step) == k
+        expected = (records[k - 1]["loss"] + records[k - 2]["loss"]) / 2
+        assert float(mean) == pytest.approx(expected, abs=1e-4)
+        assert float(validated) == pytest.approx(records[k - 1]["validation_loss"], abs=1e-4)
+        assert bool(best) == (records[k - 1]["validation_loss"] == results["best_validation_loss"])
+    # Routing, by hand from the two score files.
+    before, after = (
+        json.loads((tmp_path / "run" / name).read_text())["token_scores"]
+        for name in ("expert_cfg.scores.json", "scores_after.json")
+    )
+    chosen = json.loads((tmp_path / "run/expert_cfg.json").read_text())["experts"]
+    for layer in ("1", "2"):
+        line = next(x.split() for x in lines if x.split()[:1] == [layer] and len(x.split()) == 5)
+        held = [sum(s[layer][str(e)] for e in chosen[layer]) for s in (before, after)]
+        moved = sum(abs(before[layer][e] - after[layer][e]) for e in before[layer]) / 2
+        assert [float(x) for x in line[2:]] == pytest.approx([*held, moved], abs=6e-4)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    assert training.report(config) == ["report.txt"]
+    assert "pip install matplotlib" in (tmp_path / "run/report.txt").read_text()
+
+
+def test_every_step_says_what_it_cost(checkpoint, chat_file, tmp_path, capsys):
+    train(settings(checkpoint, chat_file, tmp_path / "run", log_steps=1))
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["tokens_per_second"] > 0 and 0.1 < row["memory_gib"] < 100
+    left = [row["seconds_left"] for row in rows]
+    assert left[0] >= left[-2] > left[-1] == 0.0
+    printed = capsys.readouterr().out
+    assert len([line for line in printed.splitlines() if line.startswith("step ")]) == 6
+    for kind in ("attention", "router", "embedding and head"):
+        line = next(x for x in printed.splitlines() if x.startswith(kind))
+        assert line.endswith("0   frozen")
+    assert "load balance loss x 0.1 (aux_loss_alpha)" in printed
