@@ -541,7 +541,14 @@ def check_output(config: TrainConfig, mine: dict) -> None:
                 f"{output} holds a run of another config: {', '.join(differing)}; "
                 "choose another output_dir, or --overwrite true to delete it"
             )
-    elif not saved.exists() and output.exists() and any(output.iterdir()):
+    elif (
+        not saved.exists()
+        and output.exists()
+        and any(
+            path.suffix != ".part"
+            for path in output.iterdir()  # left by a run killed at its start
+        )
+    ):
         raise ValueError(f"output_dir is {output}; it holds files that no run of train.py wrote")
 
 
@@ -619,7 +626,9 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 def resume(output: Path, optimizer: MasterAdamW) -> dict:
     """Puts the newest whole checkpoint in place and returns its state; metrics.jsonl goes back to
-    that step."""
+    that step, and what a killed process was writing goes."""
+    for part in (output / "checkpoints").glob(".step-*.part"):
+        shutil.rmtree(part)
     state = {"step": 0, "best_loss": None, "seconds": 0.0}
     if newest := newest_checkpoint(output):
         state = read_json(newest / "state.json")
@@ -817,7 +826,8 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Job:
     dtype = getattr(torch, config.dtype)
     model = load_model(inputs.base, config.device, dtype, experts=config.experts)
     if config.overwrite:  # only now that the new run is known to start
-        for path in output.iterdir():
+        # Last what says that a run wrote the rest: it must be there if this is killed half-way.
+        for path in sorted(output.iterdir(), key=lambda path: path.name == "train_config.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(output / "train_config.json", inputs.identity, indent=2)
     before = run_eval_sets(config, model, inputs.tokenizer, output, "before")

@@ -86,9 +86,29 @@ def test_a_kill_at_any_touch_of_the_file_system(run, tmp_path, monkeypatch):
     number, ends = 1, 0
     while kill_at(number, f"run{number}"):
         assert result(run(f"run{number}")) == whole, number
+        assert not list((tmp_path / f"run{number}/checkpoints").glob(".*"))
         shutil.rmtree(tmp_path / f"run{number}")
-        number, ends = number + 11, ends + 1  # each kind of call, and all within half a minute
-    assert ends > 10
+        # The first ones each, then each kind of call, all within half a minute.
+        number, ends = number + (1 if number < 12 else 11), ends + 1
+    assert ends > 20
+
+
+def test_overwriting_that_is_killed_can_be_begun_again(run, tmp_path, monkeypatch):
+    whole = result(run("run"))
+    with monkeypatch.context() as patched:
+        unlink, count = Path.unlink, []
+
+        def dying(path, *args, **kwargs):
+            count.append(path)
+            if len(count) > 2:
+                raise Killed
+            return unlink(path, *args, **kwargs)
+
+        patched.setattr(Path, "unlink", dying)
+        with pytest.raises(Killed):
+            run("run", overwrite=True)
+    assert len(list((tmp_path / "run").iterdir())) > 1
+    assert result(run("run", overwrite=True)) == whole
 
 
 def test_random_kills_of_the_process():
