@@ -383,6 +383,64 @@ def effective_weight(linear: nn.Linear) -> Tensor:
     return torch.addmm(linear.weight, B, A, alpha=linear.lora_scaling)
 
 
+Documents = tuple[list[Tensor], Tensor]
+
+
+def group_documents(documents: Tensor) -> Documents:
+    """documents (B, T), on the CPU, equal numbers next to each other -> for `attend`, indices of
+    the B * T tokens: of documents of like length, within a power of two, one (count, longest) for
+    each length; and where each token is in all of these one after another (B * T,).
+
+    Indices run on past the end of a document: causal attention does not look there, and what comes
+    out there is dropped."""
+    begins = (documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0).flatten().nonzero()[:, 0]
+    total = documents.numel()
+    lengths = begins.diff(append=begins.new_tensor([total]))
+    power = (lengths - 1).double().log2().floor()  # of 1, 2, 3 to 4, 5 to 8, ... tokens
+    groups, places, before = [], torch.empty(total, dtype=torch.int64), 0
+    for each in power.unique():
+        chosen = power == each
+        offsets = torch.arange(lengths[chosen].max())
+        indices = (begins[chosen, None] + offsets) % total
+        within = offsets < lengths[chosen, None]
+        places[indices[within]] = before + within.flatten().nonzero()[:, 0]
+        before += indices.numel()
+        groups.append(indices)
+    return groups, places
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    documents: Documents | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of q and k (B, T, heads, A) and v (B, T, heads, Z) -> (B, T, heads * Z), k and v
+    with as many heads or a divisor of them. Causal, unless a `mask` says what is seen; with
+    `documents` of `group_documents`, each within itself alone."""
+    if documents is not None:
+        groups, places = documents
+        tokens = [x.flatten(0, 1) for x in (q, k, v)]
+        out = [attend(*(x[indices] for x in tokens), scale=scale) for indices in groups]
+        return torch.cat([x.flatten(0, 1) for x in out])[places].view(*q.shape[:2], -1)
+    width = v.shape[-1]
+    if q.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # Of the kernels that give the same bits twice, the fast one wants heads of one width.
+        v = F.pad(v, (0, q.shape[-1] - width))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out[..., :width].transpose(1, 2).flatten(2)
+
+
 class MultiHeadAttention(nn.Module):
     """The attention of `deepseek`, that of Llama: as many key heads as query heads, or fewer."""
 
@@ -402,7 +460,7 @@ class MultiHeadAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         past: Tensor | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """As `LatentAttention.forward`; `past` (B, length, 2 * key width)."""
         cos, sin = (table.unsqueeze(-2) for table in rope)
@@ -411,21 +469,14 @@ class MultiHeadAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rope(q, cos, sin, False), apply_rope(k, cos, sin, False)
+        mask = None
         if past is not None:
             rows = torch.arange(len(x), device=x.device)[:, None]
             past[rows, positions] = torch.cat([k, v], -2).flatten(2)
             if x.shape[1] == 1:
                 k, v = past.unflatten(-1, (-1, self.head_dim)).chunk(2, -2)
                 mask = torch.arange(past.shape[1], device=x.device) <= positions[:, None, :, None]
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, mask, documents))
 
 
 class LatentAttention(nn.Module):
@@ -463,12 +514,11 @@ class LatentAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         past: Tensor | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """x (B, T, D). `past` (B, length, C + R) is this layer's cache and is written at
         `positions` (B, T). A call with several tokens starts at an empty cache; later calls bring
-        one token a row. `mask` (B, 1, T, T) is added to the scores; without it attention is
-        causal."""
+        one token a row. `documents`: see `attend`."""
         B, T, _ = x.shape
         cos, sin = rope  # (T, R/2) or (B, T, R/2)
         q = (
@@ -493,18 +543,7 @@ class LatentAttention(nn.Module):
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)
         q = torch.cat([q_nope, q_rope], -1)  # (B, T, H, nope + R)
         k = torch.cat([k_nope, k_rope], -1)
-        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
-            # Of the kernels that give the same bits twice, the fast one wants heads of one width.
-            v = F.pad(v, (0, q.shape[-1] - self.v))
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-        )
-        return self.o_proj(out[..., : self.v].transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, documents=documents, scale=self.scale))
 
     def attend_latent(
         self, q_nope: Tensor, q_rope: Tensor, past: Tensor, positions: Tensor
@@ -832,10 +871,10 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         past: Tensor | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
         balance: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        x = x + self.self_attn(self.input_layernorm(x), rope, past, positions, mask)
+        x = x + self.self_attn(self.input_layernorm(x), rope, past, positions, documents)
         y, loss = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):
             y, loss = self.mlp(y, balance)
@@ -877,28 +916,27 @@ class Transformer(nn.Module):
         """tokens (B, T) -> normalised final states (B, T, D), and with `balance` the balance loss
         (B,) summed over layers. `checkpointing` keeps only the input of each block and runs it
         again in backward. With a cache, rows go on after the tokens they have seen. `documents`
-        (B, T), ascending in a row: tokens see only those of their own document, and positions begin
-        anew with each."""
+        (B, T), on the CPU, ascending in a row: tokens see only those of their own document, and
+        positions begin anew with each."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.model.embed_tokens(tokens)
-        mask = None
+        groups = None
         if cache is not None:
             positions = cache.seen[:, None] + positions  # (B, T)
         if documents is not None:
-            positions = positions - torch.searchsorted(documents, documents)  # minus the start
-            seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-            # In the scores' dtype here, once, and not in every layer.
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)
+            positions = positions - torch.searchsorted(documents, documents).to(positions.device)
+            indices, places = group_documents(documents)
+            groups = [x.to(tokens.device) for x in indices], places.to(tokens.device)
         rope = rope_table(self.config, positions)
         losses = []
         for i, block in enumerate(self.model.layers):
             past = cache.layers[i] if cache is not None else None
             if checkpointing:
                 x, loss = checkpoint(
-                    block, x, rope, past, positions, mask, balance, use_reentrant=False
+                    block, x, rope, past, positions, groups, balance, use_reentrant=False
                 )
             else:
-                x, loss = block(x, rope, past, positions, mask, balance)
+                x, loss = block(x, rope, past, positions, groups, balance)
             if loss is not None:
                 losses.append(loss)
         if cache is not None:
@@ -922,9 +960,9 @@ def token_losses(
     """Cross-entropy of every label of tokens (B, T) that counts, float32, in the order of the rows;
     and the balance loss (B,) of `hidden_states`, to which `documents` goes.
 
-    labels (B, T), on the CPU, stand at the position of their own token; negative ones do not count,
-    nor does the first of a row. Logits exist for `chunk` tokens at a time and are computed again in
-    backward."""
+    labels (B, T), on the CPU as `documents`, stand at the position of their own token; negative
+    ones do not count, nor does the first of a row. Logits exist for `chunk` tokens at a time and
+    are computed again in backward."""
     targets = labels.roll(-1, dims=1)
     targets[:, -1] = -1
     targets = targets.flatten()
@@ -1614,7 +1652,8 @@ def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------
-# LoRA (arXiv 2106.09685), the method that ESFT is compared with; files as PEFT writes and reads them
+# LoRA (arXiv 2106.09685), the method that ESFT is compared with; files as PEFT writes and reads
+# them
 
 
 def linears(model: Transformer) -> dict[str, nn.Linear]:
@@ -1837,8 +1876,8 @@ def read_lora(directory: Path, model: Transformer) -> StoredAdapter:
 
 def merge(base: str | Path, adapter: str | Path, output: str | Path) -> None:
     """Writes `base` with the adapter's tensors in place, of LoRA W + scaling * B A, as a complete
-    checkpoint, file by file, in the base's dtypes, FP8 as bfloat16. Config and tokenizer are copied; code is not. At most one
-    file's tensors are in memory. `output` appears when whole."""
+    checkpoint, file by file, in the base's dtypes, FP8 as bfloat16. Config and tokenizer are
+    copied; code is not. At most one file's tensors are in memory. `output` appears when whole."""
     base, output = local_directory(base), Path(output).resolve()
     model, tensors = read_checkpoint(base)
     config = model.config

@@ -674,7 +674,7 @@ class Rows:
 
     def losses(self, config: TrainConfig, model: Transformer, **options):
         """`token_losses` of these rows."""
-        documents = self.documents.to(config.device) if config.document_mask else None
+        documents = self.documents if config.document_mask else None
         return token_losses(model, self.tokens.to(config.device), self.labels, documents, **options)
 
 
@@ -1087,7 +1087,7 @@ class FlashAttention(torch.autograd.Function):
     that holds all scores: kept are its inputs, its output, and one number a query."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask):
+    def forward(ctx, q, k, v):
         out = torch.empty_like(q[..., : v.shape[-1]])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
@@ -1095,12 +1095,12 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def fused_attention(q, k, v, attn_mask=None, **_) -> Tensor:
+def fused_attention(q, k, v, **_) -> Tensor:
     """Stands in for `scaled_dot_product_attention`."""
-    return FlashAttention.apply(q, k, v, attn_mask)
+    return FlashAttention.apply(q, k, v)
 
 
 class Allocations(TorchDispatchMode):

@@ -236,7 +236,7 @@ def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(checkpoint):
 
 
 def test_published_v2_lite_has_the_papers_lora():
-    """Rank 8 of 27 layers: attention, one dense layer, 64 experts and the shared two of the rest."""
+    """Rank 8 in 27 layers: attention, one dense layer, 64 experts and two shared of the rest."""
     model = build_model(ModelConfig(**V2_LITE), "meta")
     add_lora(model, rank=8, scaling=2.0)
     count = sum(p.numel() for p in lora_parameters(model).values())
