@@ -541,15 +541,12 @@ def check_output(config: TrainConfig, mine: dict) -> None:
                 f"{output} holds a run of another config: {', '.join(differing)}; "
                 "choose another output_dir, or --overwrite true to delete it"
             )
-    elif (
-        not saved.exists()
-        and output.exists()
-        and any(
-            path.suffix != ".part"
-            for path in output.iterdir()  # left by a run killed at its start
-        )
-    ):
-        raise ValueError(f"output_dir is {output}; it holds files that no run of train.py wrote")
+    elif not saved.exists() and output.exists():
+        # A run that was killed at its very start leaves a .part.
+        if any(path.suffix != ".part" for path in output.iterdir()):
+            raise ValueError(
+                f"output_dir is {output}; it holds files that no run of train.py wrote"
+            )
 
 
 @contextmanager
@@ -613,6 +610,7 @@ def damage(directory: Path) -> str | None:
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint that is whole. Damaged ones are reported and set aside."""
+    problem = None
     for directory in reversed(checkpoints(output)):
         problem = damage(directory)
         if problem is None:
@@ -621,6 +619,8 @@ def newest_checkpoint(output: Path) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(directory, aside)
         print(f"{problem}; set aside as {aside}, the checkpoint before it is used", flush=True)
+    if problem:
+        print("there is none before it: begins at step 1", flush=True)
     return None
 
 
@@ -1507,6 +1507,11 @@ def main() -> None:
         print_results(config, results, report(config))
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"error: {error}\n--plan shows what the run needs; gradient_checkpointing and more "
+            "gradient_accumulation_steps make it less"
+        ) from None
     except KeyboardInterrupt as error:
         said = str(error) or "the same command goes on from what output_dir holds"
         print(f"\nstopped: {said}", file=sys.stderr)

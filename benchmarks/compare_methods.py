@@ -193,7 +193,12 @@ def main() -> None:
                     for rate in (rates[:1] if args.tiny else rates)
                 ]
             else:
-                rate = best_rate(of(read_json(paths["tune"]), task=task, method=method))
+                tried = of(read_json(paths["tune"]), task=task, method=method)
+                if not tried:
+                    raise SystemExit(
+                        f"{paths['tune']}: no run of {method} on {task}; tune it first"
+                    )
+                rate = best_rate(tried)
                 jobs += [
                     {"task": task, "method": method, "learning_rate": rate, "seed": seed}
                     for seed in range(3)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, make_oracle, one_by_one, random_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+import model as modeling
 from data import pack
 from eval import generate
 from model import (
@@ -27,6 +28,7 @@ from model import (
     merge,
     put_tensors,
     read_checkpoint,
+    rope_table,
     save_adapter,
     token_losses,
     trained_parameters,
@@ -84,7 +86,7 @@ def test_logits_and_gradients_equal_the_oracle(family, seed, tmp_path):
 
 @pytest.mark.parametrize("family, seed", CASES)
 def test_packed_under_a_document_mask_equals_the_oracle_on_each_sample_alone(
-    family, seed, tmp_path
+    family, seed, tmp_path, monkeypatch
 ):
     oracle = save_variant(tmp_path, family, seed)
     lengths = (4, 19, 1, 36)
@@ -99,6 +101,13 @@ def test_packed_under_a_document_mask_equals_the_oracle_on_each_sample_alone(
     ]
     torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-4, atol=1e-4)
     assert len(losses) == sum(lengths) - len(lengths)
+    seen = []
+    monkeypatch.setattr(
+        modeling, "rope_table", lambda config, at: seen.append(at) or rope_table(config, at)
+    )
+    token_losses(model, *rows)
+    monkeypatch.undo()
+    assert seen[0].tolist() == [[i for length in (*lengths, 10) for i in range(length)]]
     joined, _ = token_losses(model, *rows[:2])
     assert (losses - joined).abs()[3:].max() > 1e-2  # without the mask they see each other
 

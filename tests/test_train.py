@@ -236,7 +236,7 @@ def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(
     assert (tmp_path / "other/thesis.txt").exists()
 
 
-def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path):
+def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path, monkeypatch):
     other = (
         tmp_path / "other.jsonl"
     )  # what is learned on one file does harm on this one, sooner or later
@@ -262,6 +262,49 @@ def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path
     tokenizer = load_tokenizer(checkpoint)
     rows = pack(encode_file(other, tokenizer), 64, 0.0, tokenizer.eos_id, 0)[:2]
     assert token_losses(model, *rows)[0].mean().item() == pytest.approx(min(losses), rel=1e-5)
+
+    # A run that continues after its best state does not take a worse one for better.
+    class Stopped(Exception):
+        pass
+
+    def stop(config, record):
+        if record["step"] == 38:
+            raise Stopped
+
+    monkeypatch.setattr(training, "print_step", stop)
+    config.output_dir = str(tmp_path / "parts")
+    with pytest.raises(Stopped):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    adapters = [tmp_path / name / "adapter/adapter.safetensors" for name in ("run", "parts")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_with_a_document_mask_a_step_learns_each_sample_alone(checkpoint, chat_file, tmp_path):
+    config = settings(checkpoint, chat_file, tmp_path / "run", steps=1, document_mask=True)
+    inputs = training.read_inputs(config)
+    train(config)
+    model = load_model(checkpoint, dtype=torch.float32)
+    losses = []
+    for row in training.rows_of_step(len(inputs.rows.tokens), 4, config.seed, 0):
+        documents = inputs.rows.documents[row]
+        assert len(documents.unique()) > 1
+        for document in documents.unique():
+            alone = documents == document
+            labels = inputs.rows.labels[row][alone][None]
+            losses.append(token_losses(model, inputs.rows.tokens[row][alone][None], labels)[0])
+    record = metrics(tmp_path / "run")[0]
+    assert record["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    load_adapter(model, tmp_path / "run/adapter")
+    held_out = [
+        token_losses(model, *(x[None] for x in (tokens, labels, documents)))[0]
+        for tokens, labels, documents in zip(
+            inputs.held_out.tokens, inputs.held_out.labels, inputs.held_out.documents
+        )
+    ]
+    expected = torch.cat(held_out).mean().item()
+    assert record["validation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_equals_transformers(tmp_path):
