@@ -1162,9 +1162,9 @@ def planned_experts(config: TrainConfig, model_config: ModelConfig) -> tuple[dic
         return None, f"LoRA of rank {config.lora_rank}"
     if config.method == "full":
         return everything(model_config), "everything"
-    for path in (Path(config.output_dir) / "expert_cfg.json", Path(config.expert_config)):
-        if path.is_file():
-            return read_expert_cfg(path, model_config), f"the experts of {path}"
+    selected = Path(config.output_dir) / "expert_cfg.json"
+    if path := config.expert_config or (selected if selected.exists() else None):
+        return read_expert_cfg(path, model_config), f"the experts of {path}"
     E = model_config.n_routed_experts
     count = max(round(ASSUMED_SHARE * E), 1)
     experts = {
@@ -1328,14 +1328,17 @@ def print_start(config: TrainConfig, job: Job, state: dict) -> None:
         count[0] += p.numel()
         count[1] += p.numel() if name in job.parameters else 0
     trained = sum(p.numel() for p in job.parameters.values())
-    experts = len(job.base_config.moe_layers) * job.base_config.n_routed_experts
-    chosen = sum(map(len, job.expert_cfg["experts"].values())) if job.expert_cfg else 0
+    what = f"LoRA of rank {config.lora_rank}"
+    if job.expert_cfg is not None:
+        chosen = sum(map(len, job.expert_cfg["experts"].values()))
+        experts = len(job.base_config.moe_layers) * job.base_config.n_routed_experts
+        what = f"{chosen} of {experts} routed experts"
     print(f"{'':<20} {'parameters':>15} {'trained':>15}")
     for kind, (total, of_them) in counts.items():
         print(f"{kind:<20} {total:>15,} {of_them:>15,}{'' if of_them else '   frozen'}")
     print(
         f"trains {trained:,} parameters, {trained / job.base_parameters:.1%} of the base's "
-        f"{job.base_parameters:,}; {chosen} of {experts} routed experts"
+        f"{job.base_parameters:,}; {what}"
     )
     source = "the checkpoint's config" if config.aux_loss_alpha is None else "aux_loss_alpha"
     print(f"load balance loss x {job.alpha:g} ({source})" + ("" if job.alpha else ": none"))

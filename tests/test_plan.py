@@ -92,9 +92,14 @@ def test_plan_by_hand(tmp_path):
         assert 0 < need["activations", True] < need["activations", False]
     text = plan(config, [1, 4])
     assert f"{total:,} parameters" in text and "GPU of 24 GB" in text
-    for ranks, message in ((3, r"plan for 3 ranks; must divide n_routed_experts \(8\)"),):
-        with pytest.raises(ValueError, match=message):
-            plan(config, [ranks])
+    with pytest.raises(ValueError, match=r"plan for 3 ranks; must divide n_routed_experts \(8\)"):
+        plan(config, [3])
+    config.batch_size = 9
+    with pytest.raises(ValueError, match="batch_size is 9; must be a multiple of 4 for 4 ranks"):
+        plan(config, [4])
+    config.batch_size, config.expert_config = 8, "nowhere.json"
+    with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
+        plan(config, [1])
 
 
 def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
