@@ -1284,6 +1284,7 @@ def plan(config: TrainConfig, ranks: list[int]) -> str:
         "* as in this config",
         f"on disk: adapter {size_text(count * size)}; each checkpoint to continue from "
         f"{size_text(count * 12)}, of which two are kept and a third is written",
+        "nothing was loaded or written; next: the same command without --plan",
     ]
     return "\n".join(lines)
 
