@@ -428,7 +428,7 @@ def attend(
     width = v.shape[-1]
     if q.is_cuda and torch.are_deterministic_algorithms_enabled():
         # Of the kernels that give the same bits twice, the fast one wants heads of one width.
-        v = F.pad(v, (0, q.shape[-1] - width))
+        v = F.pad(v, (0, max(q.shape[-1] - width, 0)))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -261,6 +261,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}; must be at least {least}")
+        for name, bound in (("seed", 2**63), ("lora_rank", 2**19)):
+            if getattr(self, name) >= bound:
+                raise ValueError(f"{name} is {getattr(self, name)}; must be below {bound}")
         between = {
             "top_p": (0, 1),
             "lora_scaling": (0, 1e6),
@@ -556,10 +559,11 @@ def locked(output: Path):
     output.mkdir(parents=True, exist_ok=True)
     handle = os.open(output, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        try:  # a lock ends with its process, however that ends
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir is {output}; another process is writing there") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"output_dir is {output}; another process is writing there") from None
     finally:
         os.close(handle)
 
@@ -826,8 +830,10 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Job:
     dtype = getattr(torch, config.dtype)
     model = load_model(inputs.base, config.device, dtype, experts=config.experts)
     if config.overwrite:  # only now that the new run is known to start
-        # Last what says that a run wrote the rest: it must be there if this is killed half-way.
-        for path in sorted(output.iterdir(), key=lambda path: path.name == "train_config.json"):
+        # First what says how far a run came, last whose the rest is: killed half-way, what is left
+        # is neither taken for a finished run nor continued from, and can be overwritten again.
+        order = {"results.json": 0, "checkpoints": 1, "train_config.json": 3}
+        for path in sorted(output.iterdir(), key=lambda path: order.get(path.name, 2)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(output / "train_config.json", inputs.identity, indent=2)
     before = run_eval_sets(config, model, inputs.tokenizer, output, "before")
@@ -911,15 +917,16 @@ def not_finite(
 
 
 @contextmanager
-def saying_what_is_kept(output: Path):
+def saying_what_is_kept(config: TrainConfig):
     """Adds to what ends a run early how much of it is kept."""
     try:
         yield
     except (OSError, FloatingPointError, KeyboardInterrupt) as error:
-        saved = checkpoints(output)
+        saved = checkpoints(Path(config.output_dir))
         kept = f"kept: {saved[-1]}, from which" if saved else "no step was saved yet;"
+        without = " without --overwrite" if config.overwrite else ""  # which would delete it
         said = f"{error}; " if str(error) else ""
-        raise type(error)(f"{said}{kept} the same command goes on") from None
+        raise type(error)(f"{said}{kept} the same command{without} goes on") from None
 
 
 class Interruption:
@@ -928,9 +935,13 @@ class Interruption:
 
     def __init__(self):
         self.received: str | None = None
+        both = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        # A process in the background of a script is started with SIGINT ignored.
+        self.outside = {s: handler for s, handler in both.items() if handler != signal.SIG_IGN}
 
     def __enter__(self) -> "Interruption":
-        self.outside = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.outside:
+            signal.signal(number, self.note)
         return self
 
     def note(self, number: int, frame) -> None:
@@ -958,7 +969,7 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
     if (output / "results.json").exists() and not config.overwrite:
         print(f"{output} holds the finished run; --overwrite true starts anew")
         return read_json(output / "results.json")
-    with locked(output), saying_what_is_kept(output):
+    with locked(output), saying_what_is_kept(config):
         return run(config, inputs, parallel)
 
 
@@ -999,19 +1010,26 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
             }
             if job.held_out and (state["step"] % config.eval_steps == 0 or last):
                 record["validation_loss"] = validate(config, job)
+                if not math.isfinite(record["validation_loss"]):
+                    raise FloatingPointError(
+                        f"step {step + 1}: the validation loss is {record['validation_loss']}"
+                    )
                 if state["best_loss"] is None or record["validation_loss"] < state["best_loss"]:
                     state["best_loss"] = record["validation_loss"]
                     job.save_adapter()
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
-            if state["step"] % config.save_steps == 0 or last or stop.received:
+            stopping = stop.received  # asked once: a later signal is the next step's
+            if state["step"] % config.save_steps == 0 or last or stopping:
                 os.fsync(metrics.fileno())
                 state["seconds"] = round(time.perf_counter() - started, 1)
                 save_checkpoint(job.output, optimizer, state)
             print_step(config, record)
-            if stop.received:
-                raise KeyboardInterrupt(f"{stop.received} after step {state['step']}")
+            if stopping:
+                break
             clock.start_step()
+    if stop.received:
+        raise KeyboardInterrupt(f"{stop.received} after step {state['step']}")
 
     if job.held_out is None:
         job.save_adapter()
@@ -1162,8 +1180,8 @@ def planned_experts(config: TrainConfig, model_config: ModelConfig) -> tuple[dic
         return None, f"LoRA of rank {config.lora_rank}"
     if config.method == "full":
         return everything(model_config), "everything"
-    selected = Path(config.output_dir) / "expert_cfg.json"
-    if path := config.expert_config or (selected if selected.exists() else None):
+    path = config.expert_config or selection_of_this_run(config)
+    if path:
         return read_expert_cfg(path, model_config), f"the experts of {path}"
     E = model_config.n_routed_experts
     count = max(round(ASSUMED_SHARE * E), 1)
@@ -1173,6 +1191,18 @@ def planned_experts(config: TrainConfig, model_config: ModelConfig) -> tuple[dic
     flags = {name: getattr(config, name) for name in ("shared_experts", "non_expert_modules")}
     said = f"{count} of {E} experts a layer, assumed: they are not selected yet"
     return {"experts": experts, **flags}, said
+
+
+def selection_of_this_run(config: TrainConfig) -> Path | None:
+    """What a run with these keys selected in output_dir, if it came so far."""
+    output = Path(config.output_dir)
+    if config.overwrite or not (output / "expert_cfg.json").exists():
+        return None
+    saved, mine = read_json(output / "train_config.json"), asdict(config)
+    keys = ("model", "data", "method", "expert_config", "score", "top_p", "selection", "seed")
+    keys += ("shared_experts", "non_expert_modules", "average", "n_sample_tokens")
+    same = all(saved.get(key) == mine[key] for key in keys)
+    return output / "expert_cfg.json" if same else None
 
 
 def plan_rank(
@@ -1246,6 +1276,8 @@ def plan(config: TrainConfig, ranks: list[int]) -> str:
     total = sum(p.numel() for p in model.parameters())
     expert_cfg, what = planned_experts(config, model_config)
     trained = mark_trained(config, model, expert_cfg)
+    if not trained:
+        raise ValueError(f"{config.expert_config}: selects nothing to train")
     progress = tqdm(ranks, desc="plan", unit="ranks", leave=False, disable=None)
     needs = [plan_rank(config, model, trained, n) for n in progress]
     lines = [
@@ -1517,8 +1549,7 @@ def main() -> None:
             "gradient_accumulation_steps make it less"
         ) from None
     except KeyboardInterrupt as error:
-        said = str(error) or "the same command goes on from what output_dir holds"
-        print(f"\nstopped: {said}", file=sys.stderr)
+        print(f"\nstopped: {error}" if str(error) else "\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 

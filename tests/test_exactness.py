@@ -94,22 +94,61 @@ def test_a_kill_at_any_touch_of_the_file_system(run, tmp_path, monkeypatch):
     assert ends > 20
 
 
-def test_overwriting_that_is_killed_can_be_begun_again(run, tmp_path, monkeypatch):
+def test_overwriting_that_is_killed_leaves_neither_a_finished_run_nor_half_of_one(
+    run, tmp_path, monkeypatch
+):
     whole = result(run("run"))
-    with monkeypatch.context() as patched:
-        unlink, count = Path.unlink, []
+    shutil.copytree(tmp_path / "run", tmp_path / "finished")
+    for kills in range(1, 8):
+        with monkeypatch.context() as patched:
+            count = []
 
-        def dying(path, *args, **kwargs):
-            count.append(path)
-            if len(count) > 2:
-                raise Killed
-            return unlink(path, *args, **kwargs)
+            def dying(function):
+                def call(*args, **kwargs):
+                    count.append(function)
+                    if len(count) > kills:
+                        raise Killed
+                    return function(*args, **kwargs)
 
-        patched.setattr(Path, "unlink", dying)
-        with pytest.raises(Killed):
-            run("run", overwrite=True)
-    assert len(list((tmp_path / "run").iterdir())) > 1
-    assert result(run("run", overwrite=True)) == whole
+                return call
+
+            patched.setattr(Path, "unlink", dying(Path.unlink))
+            patched.setattr(shutil, "rmtree", dying(shutil.rmtree))
+            with pytest.raises(Killed):
+                run("run", overwrite=True)
+        assert (tmp_path / "run/train_config.json").exists()
+        assert result(run("run")) == whole  # without overwriting: begins anew
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "finished", tmp_path / "run")
+
+
+@pytest.mark.parametrize("moment", ["print_step", "start_step"])
+def test_a_signal_after_the_step_is_not_lost(run, tmp_path, monkeypatch, moment):
+    """Neither between saving and stopping nor behind the last step."""
+    whole = result(run("whole"))
+    step = 3 if moment == "print_step" else 6
+    if moment == "print_step":
+        stop_after(monkeypatch, step, lambda: signal.raise_signal(signal.SIGINT))
+    else:
+
+        def start_step(clock):
+            if clock.done == step:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(training.Clock, "start_step", start_step)
+    saved = 4 if moment == "print_step" else 6
+    message = f"SIGINT after step {saved}; kept: .*step-00000{saved}, from which the same command"
+    with pytest.raises(KeyboardInterrupt, match=message):
+        run("run", save_steps=100)
+    monkeypatch.undo()
+    assert not (tmp_path / "run/results.json").exists()
+    assert result(run("run", save_steps=100)) == whole
+
+
+def test_what_is_kept_is_not_overwritten_by_what_is_said(run, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="the same command without --overwrite goes on"):
+        run("run", overwrite=True)
 
 
 def test_random_kills_of_the_process():

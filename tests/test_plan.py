@@ -97,7 +97,11 @@ def test_plan_by_hand(tmp_path):
     config.batch_size = 9
     with pytest.raises(ValueError, match="batch_size is 9; must be a multiple of 4 for 4 ranks"):
         plan(config, [4])
-    config.batch_size, config.expert_config = 8, "nowhere.json"
+    (tmp_path / "cfg.json").write_text(json.dumps({"experts": {"1": []}}))
+    config.batch_size = 8
+    with pytest.raises(ValueError, match="cfg.json: selects nothing to train"):
+        plan(config, [1])
+    config.expert_config = "nowhere.json"
     with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
         plan(config, [1])
 
@@ -116,6 +120,15 @@ def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
         "15,706,484,224 parameters, bfloat16; esft: 5 of 64 experts a layer, assumed" in done.stdout
     )
     assert "29.26 GiB" in done.stdout and not (ROOT / "runs/intent_token").exists()
+
+
+def test_a_plan_takes_the_selection_of_its_own_run_alone(checkpoint, chat_file, tmp_path):
+    config = settings(checkpoint, chat_file, tmp_path / "run", steps=1)
+    train(config)
+    assert "the experts of" in plan(config, [1])
+    for changes in ({"top_p": 0.9}, {"selection": "random"}, {"overwrite": True}):
+        other = settings(checkpoint, chat_file, tmp_path / "run", steps=1, **changes)
+        assert "assumed: they are not selected yet" in plan(other, [1])
 
 
 def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monkeypatch):

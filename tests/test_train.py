@@ -501,6 +501,7 @@ def test_sources_of_experts(checkpoint, chat_file, tmp_path):
         ),
         ("lora_rank = 4", "lora_rank is 4; no effect, since method is esft"),
         ("lora_rank = 0\nmethod = 'lora'", "lora_rank is 0; must be at least 1"),
+        ("seed = 9223372036854775808", "seed is 9223372036854775808; must be below"),
         ("lora_scaling = 0\nmethod = 'lora'", "lora_scaling is 0; must be above 0"),
         (
             "selection = 'lowest'\nmethod = 'lora'",
