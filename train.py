@@ -22,7 +22,7 @@ import time
 import tomllib
 import weakref
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from unittest import mock
@@ -947,7 +947,8 @@ class Interruption:
     def note(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
         self.restore()
-        os.write(2, b"\nfinishes the step, then writes a checkpoint; again: stops at once\n")
+        with suppress(OSError):  # Ctrl-C ends a `| tee`, too
+            os.write(2, b"\nfinishes the step, then writes a checkpoint; again: stops at once\n")
 
     def restore(self) -> None:
         for number, handler in self.outside.items():
