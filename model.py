@@ -1065,7 +1065,8 @@ def local_directory(
         return path
     if path.exists():
         raise NotADirectoryError(f"{name}: is a file; a {kind} directory is required")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII):
+    # org/name, unless there is a folder org here: then it is a path, mistyped.
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII) or path.parent.is_dir():
         raise FileNotFoundError(f"{name}: no such {kind} directory")
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))

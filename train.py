@@ -483,8 +483,9 @@ class MasterAdamW:
             device = master.device
             self.adamw.state[master] = {
                 "step": torch.tensor(float(step), device=device),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(device),
+                # Copied: on a CPU these are the checkpoint's file, mapped.
+                "exp_avg": tensors[f"exp_avg.{name}"].to(device, copy=True),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(device, copy=True),
             }
 
 
@@ -511,7 +512,7 @@ def identity(config: TrainConfig, base_fingerprint: str) -> dict:
     """What makes two runs the same: the keys that change results, the base's weights, the content
     of input files."""
     keys = asdict(config)
-    for name in ("overwrite", "device", "log_steps"):
+    for name in ("overwrite", "device", "log_steps", "output_dir"):  # a run may be moved
         del keys[name]
     keys["eval_sets"] = list(config.eval_sets)
     keys["fingerprint of model"] = base_fingerprint
@@ -563,6 +564,9 @@ def locked(output: Path):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"output_dir is {output}; another process is writing there") from None
+        probe = output / ".writable.part"  # better refused now than after loading
+        probe.touch()
+        probe.unlink()
         yield
     finally:
         os.close(handle)
@@ -570,6 +574,7 @@ def locked(output: Path):
 
 def checkpoints(output: Path) -> list[Path]:
     saved = (output / "checkpoints").glob("step-*")
+    saved = [path for path in saved if path.name.removeprefix("step-").isdecimal()]
     return sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -637,19 +642,38 @@ def resume(output: Path, optimizer: MasterAdamW) -> dict:
     if newest := newest_checkpoint(output):
         state = read_json(newest / "state.json")
         with open_tensors(newest / "optimizer.safetensors") as file:
-            optimizer.restore({name: file.get_tensor(name) for name in file.keys()}, state["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if {f"master.{name}" for name in optimizer.masters} != {
+            name for name in tensors if name.startswith("master.")
+        }:
+            raise ValueError(
+                f"{output}/expert_cfg.json: selects other tensors than {newest} holds; it was "
+                "changed during the run"
+            )
+        optimizer.restore(tensors, state["step"])
     metrics = output / "metrics.jsonl"
     if metrics.exists():  # steps after the checkpoint will come again; a last line may be cut short
-        kept = [line for line in read_metrics(metrics) if line["step"] <= state["step"]]
+        kept = read_metrics(metrics, state["step"])
         with replacing(metrics) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return state
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [parse_json(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
+def read_metrics(path: Path, steps: int) -> list[dict]:
+    """The lines of metrics.jsonl for the first `steps` steps. What stands behind them is not read:
+    a process that was killed, or a power cut, may have left anything there. Raises ValueError that
+    names file and line."""
+    lines = path.read_bytes().split(b"\n")[:steps]
+    records = []
+    for i, line in enumerate(lines, 1):
+        where = f"{path}: line {i}"
+        record = parse_json(line.decode("utf-8", "replace"), where)
+        if not isinstance(record, dict) or record.get("step") != i:
+            raise ValueError(f"{where}: {line!r:.60}; the record of step {i} is required")
+        records.append(record)
+    if len(records) < steps:
+        raise ValueError(f"{path}: ends at line {len(records)}; {steps} steps were done")
+    return records
 
 
 # ------------------------------------------------------------------------------------------
@@ -729,6 +753,11 @@ def read_inputs(config: TrainConfig) -> Inputs:
     check_device(config.device)
     base = local_directory(config.model)
     meta, stored = read_checkpoint(base)
+    if not meta.config.moe_layers:
+        raise ValueError(
+            f"{base}/config.json: first_k_dense_replace and moe_layer_freq leave no MoE layer; "
+            "there are no experts to score"
+        )
     tokenizer = load_tokenizer(base, config.chat_format)
     samples = encode_file(config.data, tokenizer)
     rows, held_out = prepare_rows(config, samples, tokenizer)
@@ -834,7 +863,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Job:
         # is neither taken for a finished run nor continued from, and can be overwritten again.
         order = {"results.json": 0, "checkpoints": 1, "train_config.json": 3}
         for path in sorted(output.iterdir(), key=lambda path: order.get(path.name, 2)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(output / "train_config.json", inputs.identity, indent=2)
     before = run_eval_sets(config, model, inputs.tokenizer, output, "before")
     path = output / "expert_cfg.scores.json"
@@ -925,8 +954,10 @@ def saying_what_is_kept(config: TrainConfig):
         saved = checkpoints(Path(config.output_dir))
         kept = f"kept: {saved[-1]}, from which" if saved else "no step was saved yet;"
         without = " without --overwrite" if config.overwrite else ""  # which would delete it
-        said = f"{error}; " if str(error) else ""
-        raise type(error)(f"{said}{kept} the same command{without} goes on") from None
+        goes_on = f"{kept} the same command{without} goes on"
+        if isinstance(error, FloatingPointError):  # would come to the same end
+            goes_on = f"kept: {saved[-1] if saved else 'no step'}"
+        raise type(error)(f"{error}; {goes_on}" if str(error) else goes_on) from None
 
 
 class Interruption:
@@ -1033,6 +1064,8 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
         raise KeyboardInterrupt(f"{stop.received} after step {state['step']}")
 
     if job.held_out is None:
+        if not all(p.isfinite().all() for p in job.parameters.values()):
+            raise FloatingPointError(f"step {state['step']}: trained weights are not finite")
         job.save_adapter()
     load_adapter(job.model, job.output / "adapter")  # the best state
     score_experts(config, job.model, job, job.output / "scores_after.json")
@@ -1269,6 +1302,8 @@ def config_of_rank(config: TrainConfig, ranks: int, n_experts: int) -> TrainConf
 def plan(config: TrainConfig, ranks: list[int]) -> str:
     """A table of what the run needs for each number of ranks, from the checkpoint's config.json
     alone."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise ValueError(f"device is {config.device!r}; must be cpu or cuda")
     path = local_directory(config.model, files=["config.json"]) / "config.json"
     model_config = ModelConfig.from_json(path)
     for count in ranks:
@@ -1413,7 +1448,7 @@ def report(config: TrainConfig) -> list[str]:
     left in output_dir. Returns what it wrote."""
     output = Path(config.output_dir)
     results = read_json(output / "results.json")
-    metrics = read_metrics(output / "metrics.jsonl")
+    metrics = read_metrics(output / "metrics.jsonl", results["steps"])
     scores = [
         read_scores(output / name) for name in ("expert_cfg.scores.json", "scores_after.json")
     ]
@@ -1464,12 +1499,19 @@ def report_text(
         "after training, and how much of it moved from some experts to others",
         f"{'layer':>5} {'selected':>9} {'before':>7} {'after':>7} {'moved':>7}",
     ]
+    if not experts:  # LoRA selects none
+        lines[-3:] = [
+            f"routing on the task ({config.score} score): how much of it training moved from some "
+            "experts to others",
+            f"{'layer':>5} {'moved':>7}",
+        ]
     before, after = (s[f"{config.score}_scores"] for s in scores)
     for layer in sorted(before, key=int):
         chosen = [str(e) for e in experts.get(layer, [])]
         moved = sum(abs(after[layer][e] - score) for e, score in before[layer].items()) / 2
         held = [f"{sum(s[layer][e] for e in chosen):>7.3f}" for s in (before, after)]
-        lines.append(f"{layer:>5} {len(chosen):>9} {' '.join(held)} {moved:>7.3f}")
+        shown = f" {len(chosen):>9} {' '.join(held)}" if experts else ""
+        lines.append(f"{layer:>5}{shown} {moved:>7.3f}")
     return "\n".join(lines) + "\n"
 
 

@@ -235,6 +235,77 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     assert result(tmp_path / "run") == whole
 
 
+def test_all_checkpoints_damaged_begins_anew_and_says_so(run, tmp_path, monkeypatch, capsys):
+    whole = result(run("whole"))
+    stop_after(monkeypatch, 2, die)
+    with pytest.raises(Killed):
+        run("run")
+    monkeypatch.undo()
+    for path in checkpoints(tmp_path / "run"):
+        (path / "state.json").unlink()
+    run("run")
+    assert "there is none before it: begins at step 1" in capsys.readouterr().out
+    assert result(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 40, b"\xff\xfe\n", b"5\n{}\n", b'{"step": 4, "lo'])
+def test_anything_behind_the_checkpoint_in_metrics_is_passed_over(run, tmp_path, monkeypatch, tail):
+    whole = result(run("whole"))
+    stop_after(monkeypatch, 3, die)
+    with pytest.raises(Killed):
+        run("run")
+    monkeypatch.undo()
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_bytes(path.read_bytes() + tail)
+    assert result(run("run")) == whole
+    (tmp_path / "run/results.json").unlink()
+    path.write_bytes(b"5\n" + path.read_bytes().split(b"\n", 1)[1])  # before it: an error
+    with pytest.raises(ValueError, match="metrics.jsonl: line 1: .*record of step 1 is required"):
+        run("run")
+
+
+def test_what_lies_beside_a_run_and_what_was_changed_in_it(run, tmp_path, monkeypatch):
+    whole = result(run("whole"))
+    stop_after(monkeypatch, 3, die)
+    with pytest.raises(Killed):
+        run("run")
+    monkeypatch.undo()
+    (tmp_path / "run/checkpoints/step-000003-backup").mkdir()  # no checkpoint of ours
+    cfg = tmp_path / "run/expert_cfg.json"
+    selected = cfg.read_text()
+    cfg.write_text(json.dumps({"experts": {"1": [0]}}))
+    with pytest.raises(ValueError, match="expert_cfg.json: selects other tensors than .*000003"):
+        run("run")
+    cfg.write_text(selected)
+    shutil.move(tmp_path / "run", tmp_path / "moved")  # to a larger disk, say
+    assert result(run("moved")) == whole
+    shutil.move(tmp_path / "moved/checkpoints", tmp_path / "scratch")
+    (tmp_path / "moved/checkpoints").symlink_to(tmp_path / "scratch")
+    assert result(run("moved", overwrite=True)) == whole
+    assert (tmp_path / "scratch/step-000006").is_dir()  # only the link was ours
+
+
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.1])
+def test_a_last_step_that_spoils_the_weights_gives_no_adapter(
+    run, tmp_path, monkeypatch, validation_fraction
+):
+    step = training.MasterAdamW.step
+
+    def spoil(optimizer, learning_rate):
+        step(optimizer, learning_rate)
+        spoil.steps += 1
+        if spoil.steps == 6:
+            with torch.no_grad():
+                next(iter(optimizer.parameters.values())).fill_(torch.nan)
+
+    spoil.steps = 0
+    monkeypatch.setattr(training.MasterAdamW, "step", spoil)
+    with pytest.raises(FloatingPointError, match="step 6: .*kept: [^ ]*$"):
+        run("run", eval_steps=100, validation_fraction=validation_fraction)
+    assert not (tmp_path / "run/results.json").exists()
+    assert not (tmp_path / "run/adapter").exists()
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_whole(run, tmp_path, monkeypatch):
     """A limit on the size of files stands in for the disk: both refuse the write."""
     whole = result(run("whole"))
@@ -285,7 +356,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_state_before(
         run("run", save_steps=100)
     message = str(error.value)
     assert message.startswith("step 4: the loss is") and "nan" in message
-    assert f"kept: {tmp_path}/run/checkpoints/step-000003, from which" in message
+    assert message.endswith(f"kept: {tmp_path}/run/checkpoints/step-000003")
     documents = [inputs.rows.documents[row] for row in (second if what == "loss" else seen[3])]
     named = re.search(r"jsonl: (.*)\. The same", message)[1].split(", ")
     count = len(inputs.samples)

@@ -89,6 +89,8 @@ def test_plan_by_hand(tmp_path):
         for checkpointing in (True, False):
             activations = need["activations", checkpointing]
             assert need["peak", checkpointing] == fixed + need["gradients"] + activations
+            # At least the largest that must be: float32 gradients, and a row's logits twice.
+            assert activations > 2 * 16 * fields["vocab_size"] * 4
         assert 0 < need["activations", True] < need["activations", False]
     text = plan(config, [1, 4])
     assert f"{total:,} parameters" in text and "GPU of 24 GB" in text
@@ -101,7 +103,10 @@ def test_plan_by_hand(tmp_path):
     config.batch_size = 8
     with pytest.raises(ValueError, match="cfg.json: selects nothing to train"):
         plan(config, [1])
-    config.expert_config = "nowhere.json"
+    config.device = "gpu"
+    with pytest.raises(ValueError, match="device is 'gpu'; must be cpu or cuda"):
+        plan(config, [1])
+    config.device, config.expert_config = "cuda", "nowhere.json"
     with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
         plan(config, [1])
 
@@ -113,13 +118,13 @@ def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
     exec(source[source.index("V2_LITE = dict(") : source.index("TINY = dict(")], shape)
     (tmp_path / "config.json").write_text(json.dumps(shape["V2_LITE"]))
     command = [sys.executable, "train.py", "--config", "configs/esft_v2_lite.toml", "--plan"]
-    command += ["--model", str(tmp_path), "--device", "cuda"]
+    command += ["--model", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
         "15,706,484,224 parameters, bfloat16; esft: 5 of 64 experts a layer, assumed" in done.stdout
     )
-    assert "29.26 GiB" in done.stdout and not (ROOT / "runs/intent_token").exists()
+    assert "29.26 GiB" in done.stdout and not (tmp_path / "run").exists()
 
 
 def test_a_plan_takes_the_selection_of_its_own_run_alone(checkpoint, chat_file, tmp_path):
@@ -149,7 +154,7 @@ def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monk
         line.split()
         for line in lines[lines.index(next(x for x in lines if "step" in x.split()[:1])) + 1 :][:3]
     ]
-    for (step, mean, validated, *best), k in zip(losses, (2, 4, 6)):
+    for (step, mean, validated, *best), k in zip(losses, (2, 4, 6), strict=True):
         assert int(step) == k
         expected = (records[k - 1]["loss"] + records[k - 2]["loss"]) / 2
         assert float(mean) == pytest.approx(expected, abs=1e-4)
@@ -166,6 +171,11 @@ def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monk
         held = [sum(s[layer][str(e)] for e in chosen[layer]) for s in (before, after)]
         moved = sum(abs(before[layer][e] - after[layer][e]) for e in before[layer]) / 2
         assert [float(x) for x in line[2:]] == pytest.approx([*held, moved], abs=6e-4)
+    lora = settings(checkpoint, chat_file, tmp_path / "lora", method="lora", steps=2)
+    train(lora)
+    training.report(lora)
+    text = (tmp_path / "lora/report.txt").read_text()
+    assert "selected" not in text and len(text.splitlines()[-1].split()) == 2
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     assert training.report(config) == ["report.txt"]
     assert "pip install matplotlib" in (tmp_path / "run/report.txt").read_text()

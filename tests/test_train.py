@@ -134,7 +134,7 @@ def test_the_model_in_memory_is_the_base_outside_what_is_trained(
 @pytest.mark.parametrize("changes", [{}, {"experts": "loop"}, {"gradient_checkpointing": True}])
 def test_lora_trains_what_peft_would_and_continues(checkpoint, chat_file, tmp_path, changes):
     """The run's adapter is PEFT's format, over every linear layer; its loss falls; the merged
-    checkpoint is the trained model; and a run that stops at any step ends the same."""
+    checkpoint is the trained model; and continued, or begun anew, the run ends the same."""
     from peft import PeftConfig
 
     config = settings(checkpoint, chat_file, tmp_path / "run", method="lora", **changes)
@@ -154,11 +154,19 @@ def test_lora_trains_what_peft_would_and_continues(checkpoint, chat_file, tmp_pa
     assert (logits[0] - base).abs().max() > 0.1
     linears = sum(m.in_features + m.out_features for m in linear_layers(checkpoint))
     assert results["trained_parameters"] == 8 * linears
-    shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
-    (tmp_path / "run/results.json").unlink()
-    before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
-    train(config)
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
+    names = ["adapter/adapter_model.safetensors", "checkpoints/step-000006/optimizer.safetensors"]
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    expected = metrics(tmp_path / "run")
+    for kept in ("step-000004", None):  # continued, and begun anew
+        for path in (tmp_path / "run/checkpoints").iterdir():
+            if path.name != kept:
+                shutil.rmtree(path)
+        if kept is None:  # what was best before the checkpoint belongs to it
+            shutil.rmtree(tmp_path / "run/adapter")
+        (tmp_path / "run/results.json").unlink()
+        train(config)
+        assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+        assert metrics(tmp_path / "run") == expected
 
 
 def linear_layers(checkpoint):
