@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
+from model import local_directory
+
 SHA = "0123456789abcdef0123456789abcdef01234567"  # of the one commit
 LARGE = "model-00001-of-00001.safetensors"
 
@@ -188,3 +190,10 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(hub, tmp_path):
     snapshot = done.stdout.strip().splitlines()[-1]
     with open(os.path.join(snapshot, LARGE), "rb") as file:
         assert file.read() == served.read_bytes()
+
+
+def test_a_mistyped_path_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="^checkpoints/V2: no such checkpoint directory$"):
+        local_directory("checkpoints/V2")
