@@ -125,10 +125,10 @@ def talk(request: bytes, seconds: float, stop: threading.Event) -> tuple[bytes, 
         try:
             return listen(child.stdout.fileno(), seconds, stop)
         finally:
-            # The group first, while its number can belong to no one else: nothing has reaped it
+            # The child leads its group and session, so it cannot have left them; it has not been
+            # reaped, so the group's number can belong to no one else
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: all dead
                 os.killpg(child.pid, signal.SIGKILL)
-            child.kill()
             child.wait()
             child.stdout.close()
 

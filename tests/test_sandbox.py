@@ -113,6 +113,7 @@ assert Point([1]).y == 2 and typing.get_type_hints(Point)["y"] is int
     "recursion": "def f(n): return n and 1 + f(n - 1)\nassert f(900) == 900",
     "printing": "import sys\nprint('a' * 10**6)\nprint('ü', file=sys.stderr)",
     "unicode": "größe = '中文 😀 \\ud800'\nassert len(größe) == 6",
+    "the main module": "import __main__\nassert vars(__main__) is globals()",
     "own main": "if __name__ == '__main__':\n    raise SystemExit(input())",
     "doctest": "def f():\n    '''\n    >>> 1\n    1\n    '''\nimport doctest\ndoctest.testmod()",
     "a thread that outlives": """
@@ -134,7 +135,9 @@ def test_good_programs_pass(name, outside):
     if name == "numpy":
         pytest.importorskip("numpy")
     act = GOOD[name].replace("SECRET", repr(str(outside / "secret")))
+    start = time.monotonic()
     assert run_program(act + ADD, TEST) == "passed"
+    assert time.monotonic() - start < 8  # nobody waits for threads
 
 
 def test_verdicts_of_wrong_programs(outside):
@@ -270,6 +273,13 @@ HOSTILE = {
         "builtins.BaseException = builtins.Exception = KeyError\n"
         "builtins.abs = lambda x: 5\n__builtins__ = {'abs': abs}",
         "def add(a, b): return 0 if EARLIER.pop() else 5\nEARLIER = [1, 0]",
+        "AssertionError",
+    ),
+    "builtins once more, when the first are restored": (
+        "import builtins\nclass E:\n    def __del__(self, builtins=builtins):\n"
+        "        builtins.exec = builtins.compile = lambda *a, **k: None\n"
+        "builtins.open = E()",  # among the last of builtins
+        WRONG,
         "AssertionError",
     ),
     "functions of os": (
@@ -442,16 +452,20 @@ def test_a_python_that_does_not_start_is_no_verdict(tmp_path, monkeypatch):
 @linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_child_outlives_its_parent(number, outside):
-    program = "import sandbox\nsandbox.run_programs([('while True: pass', '')] * 9, 100, workers=2)"
+    program = "import sandbox\nsandbox.run_programs([('while True: pass', '')] * 9, 20, workers=2)"
     environment = {**os.environ, "TMPDIR": str(outside.parent)}
     command = [sys.executable, "-c", program]
     parent = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-    until = time.monotonic() + 30
-    while len(processes_of(str(ROOT / "sandbox.py"))) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len(processes_of(str(ROOT / "sandbox.py"))) == 2
-    parent.send_signal(number)
-    _, said = parent.communicate(timeout=10)
+    try:
+        until = time.monotonic() + 30
+        while len(processes_of(str(ROOT / "sandbox.py"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(processes_of(str(ROOT / "sandbox.py"))) == 2
+        time.sleep(1)  # one that is still starting would die of its closed pipe anyway
+        parent.send_signal(number)
+        _, said = parent.communicate(timeout=10)
+    finally:
+        parent.kill()
     assert (b"KeyboardInterrupt" in said) == (number == signal.SIGINT)
     assert none_left(str(ROOT / "sandbox.py"))
     left = list(outside.parent.glob("sandbox-*"))
