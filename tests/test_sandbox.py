@@ -168,10 +168,8 @@ HOSTILE = {
     ),
     "fork bomb": ("import os\nwhile True: os.fork()", ADD, REFUSED),
     "fork that is not audited": (
-        "import _posixsubprocess, os, sys\nr, w = os.pipe()\n"
-        "_posixsubprocess.fork_exec([b'/bin/sleep', b'987.6', b'marker-of-test-sandbox'],\n"
-        "    [b'/bin/sleep'], True, (w,), None, None, -1, -1, -1, -1, -1, -1, r, w, False, False,\n"
-        "    -1, None, None, None, -1, None, False)",
+        "import subprocess, sys\nsys.audit = lambda *a: None\n"
+        "subprocess.Popen(['sleep', '987.6', 'marker-of-test-sandbox'])",
         ADD,
         REFUSED,
     ),
