@@ -171,7 +171,7 @@ HOSTILE = {
         "import subprocess, sys\nsys.audit = lambda *a: None\n"
         "subprocess.Popen(['sleep', '987.6', 'marker-of-test-sandbox'])",
         ADD,
-        REFUSED,
+        r"PermissionError: \[Errno 1\].*",  # EPERM, of the fork; EACCES would be of the exec
     ),
     "subprocess": (
         "import subprocess\nsubprocess.Popen(['sleep', '987.6', 'marker-of-test-sandbox'])",
@@ -303,6 +303,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs_fail_and_do_nothing(name, outside, monkeypatch):
+    if name == "fork that is not audited" and "seccomp" in str(missing_guards()):
+        pytest.skip("this system has no seccomp")
     monkeypatch.setenv("SECRET_KEY", "1")
     act, solution, expected = HOSTILE[name]
     act = act.replace("SECRET'", str(outside / "secret") + "'").replace("OUTSIDE", str(outside))
