@@ -4,8 +4,10 @@ seed, step).
 A sample is a pair (input_ids, labels) of equally long lists. Labels stand at the position of their
 own token (the loss shifts them by one) and are IGNORE where nothing is learned."""
 
+import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,14 +126,19 @@ def parse_json(text: str, where: str):
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """(where, row) for every row of a file of JSON lines or of one JSON array; `where` names file
-    and line for error messages. Raises FileNotFoundError, or ValueError for a row that is not an
+    """(where, row) for every row of a file of JSON lines or of one JSON array, as it is or with
+    gzip (NAME.gz); `where` names file and line for error messages. Raises FileNotFoundError, or ValueError for a row that is not an
     object."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")  # some editors put a byte order mark first
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a gzip file: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from None
     if text.lstrip().startswith("["):
@@ -199,17 +206,21 @@ def chat_pieces(
     return pieces
 
 
+def check_chat_tokens(tokenizer: Tokenizer, what: str) -> None:
+    """Raises ValueError if the tokenizer lacks a token of its chat format."""
+    for token in CHAT_FORMATS[tokenizer.chat_format].special_tokens:
+        if tokenizer.inner.token_to_id(token) is None:
+            raise ValueError(
+                f"{what} in chat_format {tokenizer.chat_format} need the token {token}, which this "
+                "tokenizer lacks; set another chat_format, or give text that carries its own"
+            )
+
+
 def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[tuple[str, bool, bool]]:
     """The pieces of a row of `messages`, or of `prompt` and `completion`: text that stands as it
     is, in whatever format it carries, of which the completion is learned."""
     if "messages" in row:
-        for token in CHAT_FORMATS[tokenizer.chat_format].special_tokens:
-            if tokenizer.inner.token_to_id(token) is None:
-                raise ValueError(
-                    f"{where}: messages in chat_format {tokenizer.chat_format} need the token "
-                    f"{token}, which this tokenizer lacks; set another chat_format, or give prompt "
-                    "and completion"
-                )
+        check_chat_tokens(tokenizer, f"{where}: messages")
         return chat_pieces(row["messages"], tokenizer.chat_format, where)
     if "prompt" not in row:
         raise ValueError(f"{where}: field messages (or prompt and completion) is missing")

@@ -1,26 +1,46 @@
-"""Greedy decoding with a cache, tasks and their metrics.
+"""The evaluator: greedy decoding, likelihoods, tasks and their metrics; the paper's table from one
+command.
+
+    python eval.py --model BASE --adapter A --adapter B --base \
+        --task intent --data intent.jsonl --task humaneval --data HumanEval.jsonl.gz --output DIR
 
 Completions are saved one a line in the published shape:
-{"example": {"prompt", "raw_prediction", "raw_answers"}, "score"}.
+{"example": {"prompt", "raw_prediction", "raw_answers"}, "score"}, with more fields where a task
+needs them to be scored again.
+
+Dimensions, as in the comments: B rows, T tokens of a row, D hidden size, N wanted tokens.
 """
 
 import argparse
+import csv
+import hashlib
+import http.client
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import re
+import string
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import torch
+import torch.distributed
 from torch import Tensor
 from tqdm import tqdm
 
 from data import (
     CHAT_FORMATS,
-    IGNORE,
-    Sample,
     Tokenizer,
     by_length,
+    check_chat_tokens,
     encode_file,
     is_text,
     load_tokenizer,
@@ -29,73 +49,518 @@ from data import (
     text_field,
 )
 from model import (
+    FEW_TOKENS,
     Cache,
     ModelConfig,
+    MoE,
     Transformer,
+    check_device,
     check_output_file,
     choose_dtype,
+    experts_grouped,
+    fingerprint,
+    load_adapter,
     load_model,
     local_directory,
+    read_adapter,
+    read_checkpoint,
+    read_json,
+    remove_adapter,
     replacing,
-    token_losses,
+    write_json,
 )
+from sandbox import missing_guards, run_programs
 
 # ------------------------------------------------------------------------------------------
 # Decoding
 
 
-@torch.inference_mode()
+PREFILL_TOKENS = 2**14  # of prompts that one pass takes, padding included
+COMPILED_STEPS = 4000  # so many steps of a large model pay for their compilation
+STEPS_BETWEEN_LOOKS = 16  # a look at whether all rows have ended waits for the GPU
+
+
 def generate(
     model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int,
     eos_id: int,
     batch_size: int = 64,
+    compiled: bool | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of prompts of any lengths, in their order, without the `eos_id` that
-    ends them.
-
-    Prompts of like length share a batch. A row of a batch does not depend on the others.
-    """
-    if not all(prompts):
-        raise ValueError(f"prompt {prompts.index([])} is empty; at least one token is required")
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ends them. A row of a batch does not depend on the others. `compiled`: see `generate_batches`.
+    Raises ValueError for an empty prompt."""
     completions: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=None) as bar:
-        for start in range(0, len(order), batch_size):
-            group = order[start : start + batch_size]
-            rows = generate_batch(model, [prompts[i] for i in group], max_new_tokens, eos_id)
-            for i, row in zip(group, rows.tolist()):
-                completions[i] = row[: row.index(eos_id)] if eos_id in row else row
-            bar.update(len(group))
+    for batch, rows in generate_batches(
+        model, prompts, max_new_tokens, eos_id, batch_size, compiled
+    ):
+        for i, row in zip(batch, rows):
+            completions[i] = row
     return completions
 
 
-def generate_batch(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id: int
-) -> Tensor:
-    """New tokens (B, at most max_new_tokens), `eos_id` from each row's end on."""
-    weight = model.lm_head.weight
-    tokens = pad(prompts, eos_id).to(weight.device)  # (B, T), padding at the end
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    rows = torch.arange(len(prompts), device=weight.device)
-    cache = Cache.empty(model.config, len(prompts), tokens.shape[1] + max_new_tokens, weight)
-    hidden, _ = model.hidden_states(tokens, cache)
-    cache.seen.copy_(lengths)  # new tokens overwrite the padding
-    hidden = hidden[rows, lengths - 1]  # (B, D)
-    done = torch.zeros_like(rows, dtype=torch.bool)
-    new = []
-    while True:
-        token = model.lm_head(hidden).argmax(-1).masked_fill(done, eos_id)
-        new.append(token)
-        done |= token == eos_id
-        if len(new) == max_new_tokens or done.all():
-            return torch.stack(new, 1)
-        hidden = model.hidden_states(token[:, None], cache)[0][:, 0]
+@torch.inference_mode()
+def generate_batches(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_id: int,
+    batch_size: int = 64,
+    compiled: bool | None = None,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """`generate`, batch by batch: the numbers of the prompts, and their continuations. Prompts of
+    like length share a batch. `compiled`: the step goes through torch.compile; None: where a GPU
+    has so many steps ahead that this pays."""
+    if not all(prompts):
+        raise ValueError(f"prompt {prompts.index([])} is empty; at least one token is required")
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    on_gpu = model.lm_head.weight.is_cuda
+    if compiled is None:
+        large = sum(p.numel() for p in model.parameters()) > 1e9
+        compiled = on_gpu and large and len(batches) * max_new_tokens >= COMPILED_STEPS
+        if compiled:
+            print("decoding: the step is compiled first, for 10 to 60 seconds", flush=True)
+    decoder, new, begin = None, 0, time.perf_counter()
+    with tqdm(total=len(prompts), desc="decode", unit="prompt", leave=False, disable=None) as bar:
+        for batch in batches:
+            if decoder is None or not on_gpu:  # a GPU keeps one, whose step is captured
+                longest = len(prompts[order[-1] if on_gpu else batch[-1]])
+                sizes = len(batch), longest + max_new_tokens, max_new_tokens
+                decoder = Decoder(model, *sizes, eos_id, compiled)
+            rows = decoder([prompts[i] for i in batch])
+            new += sum(map(len, rows))
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{new / (time.perf_counter() - begin):,.0f} tokens/s")
+            yield batch, rows
+
+
+class Decoder:
+    """Greedy decoding of batches of up to `rows` prompts, over one cache of `length` tokens a row.
+
+    On a GPU the step is captured once in a CUDA graph, so that a replay is all that the host does:
+    buffers keep their place, and a batch with fewer prompts has idle rows. Call it, and its
+    methods, in torch.inference_mode."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        rows: int,
+        length: int,
+        max_new_tokens: int,
+        eos_id: int,
+        compiled: bool = False,
+    ):
+        self.model, self.eos_id, self.compiled = model, eos_id, compiled
+        self.weight = model.lm_head.weight
+        device = self.weight.device
+        self.cache = Cache.empty(model.config, rows, length, self.weight)
+        self.new = torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=device)
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # of new tokens
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the last one
+        self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.step, self.steps_between_looks = self.eager_step, 1
+        if self.weight.is_cuda:
+            self.steps_between_looks = STEPS_BETWEEN_LOOKS
+            if can_be_captured(model, rows):
+                self.capture()
+            else:
+                print("decoding: without a CUDA graph; this expert path waits for the GPU")
+
+    def capture(self) -> None:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and takes the memory that libraries need
+            self.eager_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self.eager_step()
+        self.step = graph.replay
+
+    def eager_step(self) -> None:
+        hidden, _ = self.model.hidden_states(self.token, self.cache, compiled=self.compiled)
+        self.append(hidden[:, 0])
+
+    def append(self, hidden: Tensor) -> None:
+        """Chooses the next token of each row from its final state (B, D)."""
+        token = self.model.lm_head(hidden).argmax(-1).masked_fill(self.done, self.eos_id)
+        self.done |= token == self.eos_id
+        self.new.index_copy_(1, self.count, token[:, None])
+        self.count += 1
+        self.token.copy_(token[:, None])
+
+    def prefill(self, prompts: list[list[int]]) -> None:
+        """Runs the prompts, in one pass unless they hold more than PREFILL_TOKENS, and chooses the
+        first new token of each."""
+        self.count.zero_()
+        self.cache.seen.zero_()
+        self.done.fill_(True)
+        self.done[: len(prompts)] = False
+        hidden = self.weight.new_zeros(len(self.done), self.weight.shape[1])  # (B, D)
+        rows = max(PREFILL_TOKENS // max(map(len, prompts)), 1)
+        for start in range(0, len(prompts), rows):
+            part = slice(start, min(start + rows, len(prompts)))
+            tokens = pad(prompts[part], self.eos_id).to(self.weight.device)  # padded at the end
+            lengths = torch.tensor([len(p) for p in prompts[part]], device=self.weight.device)
+            cache = Cache(self.cache.layers[:, part], torch.zeros_like(lengths))
+            states, _ = self.model.hidden_states(tokens, cache)
+            hidden[part] = states[torch.arange(len(lengths)), lengths - 1]
+            self.cache.seen[part] = lengths  # new tokens overwrite the padding
+        self.append(hidden)
+
+    def __call__(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The new tokens of each prompt, up to the end of sequence."""
+        self.prefill(prompts)
+        steps = 1
+        while steps < self.new.shape[1]:
+            if steps % self.steps_between_looks == 0 and self.done.all():
+                break
+            self.step()
+            steps += 1
+        rows = self.new[: len(prompts), :steps].tolist()
+        return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+
+
+def can_be_captured(model: Transformer, rows: int) -> bool:
+    """Whether no layer of a step waits for the GPU."""
+    moes = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
+    if any(moe.run_experts is not experts_grouped for moe in moes):
+        return False
+    few = rows <= FEW_TOKENS and not any(moe.has_lora for moe in moes)
+    return few or model.lm_head.weight.dtype == torch.bfloat16  # else grouped_mm is a loop
 
 
 # ------------------------------------------------------------------------------------------
-# Tasks
+# Likelihoods
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: Transformer,
+    rows: list[list[int]],
+    wanted: list[list[tuple[int, int]]],
+    max_tokens: int = 16384,
+    chunk: int = 2048,
+) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+    """Log-probabilities of tokens that follow given ones. For each of `rows` of tokens, `wanted`
+    lists (length, token): how likely is `token` after the row's first `length` tokens?
+
+    Yields batches: the numbers of the rows; for each, float32 on the CPU, the log-probabilities
+    (N,); and whether greedy decoding would choose the token (N,). Logits exist for `chunk` wanted
+    tokens at a time."""
+    device = model.lm_head.weight.device
+    for batch in by_length([len(row) for row in rows], max_tokens):
+        states, _ = model.hidden_states(pad([rows[i] for i in batch], 0).to(device))
+        flat = [(b, n - 1, token) for b, i in enumerate(batch) for n, token in wanted[i]]
+        b, position, target = torch.tensor(flat, device=device).unbind(1)
+        logs, hits = [], []
+        for state, token in zip(states[b, position].split(chunk), target.split(chunk)):
+            logits = model.lm_head(state).float()  # (N, V)
+            chosen = logits.gather(1, token[:, None])[:, 0]
+            logs.append(chosen - logits.logsumexp(1))
+            hits.append(logits.argmax(1) == token)
+        sizes = [len(wanted[i]) for i in batch]
+        yield batch, torch.cat(logs).cpu().split(sizes), torch.cat(hits).cpu().split(sizes)
+
+
+def following(ids: list[int], start: int) -> list[tuple[int, int]]:
+    """For `likelihoods`: every token from place `start` (1 or later) on."""
+    return [(n, ids[n]) for n in range(start, len(ids))]
+
+
+# ------------------------------------------------------------------------------------------
+# Examples: from the rows of a published file to what a model is asked
+#
+# An example holds the prompt as the model sees it, the accepted answers, and what else its score
+# needs. Readers raise ValueError that names file, line and field.
+
+
+@dataclass
+class Ask:
+    """How a question becomes a prompt: in the chat format, or for a base model `plain`."""
+
+    tokenizer: Tokenizer
+    plain: bool = False
+
+    def __call__(self, chat: str, plain: str) -> str:
+        if self.plain:
+            return plain
+        check_chat_tokens(self.tokenizer, "questions")
+        return CHAT_FORMATS[self.tokenizer.chat_format].user.format(chat)
+
+
+def by_row(read: Callable[[dict, str, Ask], dict]) -> Callable[[str | Path, Ask], list[dict]]:
+    """A reader of files from a reader of rows."""
+    return lambda path, ask: [read(row, where, ask) for where, row in read_rows(path)]
+
+
+def required(row: dict, name: str, kind: type, where: str):
+    """A field of a row. Raises ValueError that says what is required."""
+    value = row.get(name)
+    if kind is str:
+        return text_field(row, name, where)
+    if not isinstance(value, kind) or not value:
+        raise ValueError(f"{where}: field {name} is {value!r:.60}; a {kind.__name__} is required")
+    return value
+
+
+def text_list(row: dict, name: str, where: str, least: int = 1) -> list[str]:
+    value = row.get(name)
+    if not isinstance(value, list) or len(value) < least or not all(map(is_text, value)):
+        many = f" of at least {least}" if least > 1 else ""
+        raise ValueError(
+            f"{where}: field {name} is {value!r:.60}; a list of strings{many} is required"
+        )
+    return value
+
+
+def read_answers(row: dict, where: str, ask: Ask | None = None) -> dict:
+    """{"prompt", "raw_answers"}; the prompt already carries its chat format."""
+    if row.get("raw_answers") is None and ("messages" in row or "completion" in row):
+        raise ValueError(f"{where}: field raw_answers is missing; this looks like a training file")
+    answers = text_list(row, "raw_answers", where)
+    return {"prompt": text_field(row, "prompt", where), "raw_answers": answers}
+
+
+def read_intent(row: dict, where: str, ask: Ask | None = None) -> dict:
+    example = read_answers(row, where)
+    answer = example["raw_answers"][0]
+    try:
+        json.loads(answer)["slots"].items()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(
+            f"{where}: field raw_answers[0] is {answer!r:.60}; "
+            'JSON with an object "slots" is required'
+        ) from None
+    return example
+
+
+def read_gsm8k(row: dict, where: str, ask: Ask) -> dict:
+    """{"question", "answer"}, the answer's number behind ####, as published."""
+    question, answer = text_field(row, "question", where), text_field(row, "answer", where)
+    if "####" not in answer or final_number(answer) is None:
+        raise ValueError(f"{where}: field answer is {answer!r:.60}; it must end with #### NUMBER")
+    step_by_step = "Please reason step by step, and put your final answer within \\boxed{}."
+    prompt = ask(f"{question}\n{step_by_step}", f"Question: {question}\nAnswer:")
+    return {"prompt": prompt, "raw_answers": [answer]}
+
+
+def read_trivia(row: dict, where: str, ask: Ask) -> dict:
+    """{"question", "answers": [...]}, or, as TriviaQA is published, "answer": {"value",
+    "aliases"}."""
+    question, answer = text_field(row, "question", where), row.get("answer")
+    if isinstance(answer, dict):
+        value = text_field(answer, "value", f"{where}: field answer")
+        answers = [value, *text_list(answer, "aliases", f"{where}: field answer", least=0)]
+    else:
+        answers = text_list(row, "answers", where)
+    asked = f"{question}\nAnswer with a name or a few words, without a sentence."
+    return {
+        "prompt": ask(asked, f"Question: {question}\nAnswer:"),
+        "raw_answers": list(dict.fromkeys(answers)),
+    }
+
+
+def read_humaneval(row: dict, where: str, ask: Ask) -> dict:
+    """{"prompt", "canonical_solution", "test", "entry_point"}."""
+    code, solution, test, entry = (
+        text_field(row, name, where)
+        for name in ("prompt", "canonical_solution", "test", "entry_point")
+    )
+    asked = (
+        "Complete this Python function. Answer with the whole function, in one block of code.\n\n"
+        f"```python\n{code.strip()}\n```"
+    )
+    return {
+        "prompt": ask(asked, code),
+        "raw_answers": [solution],
+        "code": code,
+        "entry_point": entry,
+        "test": f"{test}\n\ncheck({entry})\n",
+    }
+
+
+def read_mbpp(row: dict, where: str, ask: Ask) -> dict:
+    """{"text", "code", "test_list", "test_setup_code"}, or of the sanitized file "prompt" and
+    "test_imports"."""
+    task = text_field(row, "prompt" if "prompt" in row else "text", where)
+    tests = text_list(row, "test_list", where)
+    setup = [text_field(row, "test_setup_code", where)] if row.get("test_setup_code") else []
+    imports = text_list(row, "test_imports", where, least=0) if "test_imports" in row else []
+    asked = (
+        f"You are an expert Python programmer, and here is your task: {task} Your code should pass "
+        "these tests:\n\n" + "\n".join(tests)
+    )
+    return {
+        "prompt": ask(asked, f"{asked}\n[BEGIN]\n"),
+        "raw_answers": [text_field(row, "code", where)],
+        "code": "",
+        "entry_point": "",
+        "test": "\n".join([*imports, *setup, *tests]) + "\n",
+    }
+
+
+def choice_example(prompt: str, choices: list[str], answer, where: str) -> dict:
+    """`answer`: which of the choices, by number from 0."""
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(
+            f"{where}: the answer is {answer!r}; it must be one of the {len(choices)} choices"
+        )
+    if empty := [c for c in choices if not c.strip()]:
+        raise ValueError(f"{where}: a choice is {empty[0]!r}; it must not be empty")
+    return {"prompt": prompt, "raw_answers": [choices[answer]], "choices": choices}
+
+
+def place_in(labels: list[str], label) -> int | None:
+    return labels.index(label) if label in labels else None
+
+
+def read_choice(row: dict, where: str, ask: Ask) -> dict:
+    """{"prompt", "choices", "answer"}, the answer by number from 0 or as the text of a choice."""
+    choices, answer = text_list(row, "choices", where, least=2), row.get("answer")
+    answer = place_in(choices, answer) if isinstance(answer, str) else answer
+    return choice_example(text_field(row, "prompt", where), choices, answer, where)
+
+
+def read_hellaswag(row: dict, where: str, ask: Ask) -> dict:
+    """{"activity_label", "ctx_a", "ctx_b", "endings", "label"}; marks like [step] are taken out, as
+    usual."""
+
+    def clean(text: str) -> str:
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    label = row.get("label")
+    label = int(label) if isinstance(label, str) and label.isdecimal() else label
+    activity, a, b = (text_field(row, name, where) for name in ("activity_label", "ctx_a", "ctx_b"))
+    endings = [clean(ending) for ending in text_list(row, "endings", where, least=2)]
+    return choice_example(clean(f"{activity}: {a} {b.capitalize()}"), endings, label, where)
+
+
+def read_arc(row: dict, where: str, ask: Ask) -> dict:
+    """{"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}, or {"question",
+    "choices": {"text": [...], "label": [...]}, "answerKey"}."""
+    question, choices = row.get("question"), row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question.get("stem"), question.get("choices")
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
+    if not is_text(question) or not isinstance(choices, dict):
+        raise ValueError(f"{where}: field question is {row.get('question')!r:.60}; see ARC's files")
+    texts = text_list(choices, "text", f"{where}: choices", least=2)
+    labels = text_list(choices, "label", f"{where}: choices", least=2)
+    answer = place_in(labels, row.get("answerKey"))
+    return choice_example(f"Question: {question}\nAnswer:", texts, answer, where)
+
+
+def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
+    """{"text", "target": {"span1_text", "span2_text"}, "label"}: does the pronoun, span 2, mean
+    span 1?"""
+    text, target = text_field(row, "text", where), required(row, "target", dict, where)
+    name, pronoun = (text_field(target, f"span{i}_text", where) for i in (1, 2))
+    prompt = f"{text}\n问题：上文中的“{pronoun}”指的是“{name}”吗？\n答案："
+    answer = place_in(["true", "false"], str(row.get("label")).lower())
+    return choice_example(prompt, ["是", "不是"], answer, where)
+
+
+def read_csv(path: Path, columns: int) -> list[tuple[str, list[str]]]:
+    """(where, cells) of each row. Raises ValueError for a row of another number of cells."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    rows = []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        try:
+            for cells in reader:
+                where = f"{path}: line {reader.line_num}"
+                if len(cells) < columns:
+                    raise ValueError(f"{where}: {len(cells)} cells; {columns} are required")
+                rows.append((where, cells))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a CSV file: {error}") from None
+    return rows
+
+
+LETTERS = ["A", "B", "C", "D"]
+
+
+def subjects(folder: str | Path, split: str) -> list[str]:
+    """The subjects of a folder of CSV files, SPLIT/SUBJECT_SPLIT.csv."""
+    found = sorted((Path(folder) / split).glob(f"*_{split}.csv"))
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: holds no {split}/SUBJECT_{split}.csv; the folder of the published CSV "
+            "files is required"
+        )
+    return [path.name.removesuffix(f"_{split}.csv") for path in found]
+
+
+def read_mmlu(folder: str | Path, ask: Ask) -> list[dict]:
+    """MMLU's published folder: five examples of dev/ before each question of test/. The layout is
+    that of the published evaluation, the second space before the subject included."""
+
+    def question(cells: list[str]) -> str:
+        lines = [cells[0], *(f"{a}. {b}" for a, b in zip(LETTERS, cells[1:])), "Answer:"]
+        return "\n".join(lines)
+
+    examples = []
+    for subject in subjects(folder, "test"):
+        name = subject.replace("_", " ")
+        prompt = f"The following are multiple choice questions (with answers) about  {name}.\n\n"
+        for _, cells in read_csv(Path(folder) / "dev" / f"{subject}_dev.csv", 6)[:5]:
+            prompt += f"{question(cells)} {cells[5]}\n\n"
+        for where, cells in read_csv(Path(folder) / "test" / f"{subject}_test.csv", 6):
+            answer = place_in(LETTERS, cells[5])
+            example = choice_example(prompt + question(cells), LETTERS, answer, where)
+            examples.append(example | {"subject": subject})
+    return examples
+
+
+def read_ceval(folder: str | Path, ask: Ask) -> list[dict]:
+    """C-Eval's published folder: five examples of dev/ before each question of val/ (the answers of
+    test/ are not published). Chinese names of the subjects come from subject_mapping.json, if it is
+    there."""
+    mapping = Path(folder) / "subject_mapping.json"
+    names = read_json(mapping) if mapping.exists() else {}
+
+    def question(cells: list[str]) -> str:
+        lines = [cells[1], *(f"{a}. {b}" for a, b in zip(LETTERS, cells[2:])), "答案："]
+        return "\n".join(lines)
+
+    examples = []
+    for subject in subjects(folder, "val"):
+        name = names[subject][1] if subject in names else subject.replace("_", " ")
+        prompt = f"以下是中国关于{name}考试的单项选择题，请选出其中的正确答案。\n\n"
+        for _, cells in read_csv(Path(folder) / "dev" / f"{subject}_dev.csv", 7)[1:6]:
+            prompt += f"{question(cells)}{cells[6]}\n\n"
+        for where, cells in read_csv(Path(folder) / "val" / f"{subject}_val.csv", 7)[1:]:
+            answer = place_in(LETTERS, cells[6])
+            example = choice_example(prompt + question(cells), LETTERS, answer, where)
+            examples.append(example | {"subject": subject})
+    return examples
+
+
+def read_chat(path: str | Path, ask: Ask) -> list[dict]:
+    """Any training file: the answers that count in it are what is scored."""
+    examples = []
+    for i, (ids, labels) in enumerate(encode_file(path, ask.tokenizer), 1):
+        learned = [n for n in range(1, len(ids)) if labels[n] >= 0]
+        if not learned:
+            raise ValueError(f"{path}: row {i} has no answer to score; every one is masked")
+        given = [token for token, label in zip(ids, labels) if label < 0]
+        examples.append(
+            {
+                "prompt": ask.tokenizer.decode(given),
+                "raw_answers": [ask.tokenizer.decode([ids[n] for n in learned])],
+                "ids": ids,
+                "learned": learned,
+            }
+        )
+    return examples
+
+
+# ------------------------------------------------------------------------------------------
+# Scores of one answer
 
 
 def score_exact(prediction: str, answers: list[str]) -> int:
@@ -132,65 +597,490 @@ def score_intent(prediction: str, answers: list[str]) -> int:
     return int(intent == answer.get("intent", "") and slots == expected)
 
 
-# task -> score of a prediction, given the accepted answers; None: the task is the loss of given
-# answers
-TASKS: dict[str, Callable[[str, list[str]], int] | None] = {
-    "exact": score_exact,
-    "intent": score_intent,
-    "loss": None,
+def final_number(text: str) -> Decimal | None:
+    """The number behind the last ####, else in the last \\boxed{}, else the last of the text."""
+    text = text.split("\nQuestion:")[0]  # a base model goes on with the next one
+    for mark in ("####", "\\boxed{"):
+        if mark in text:
+            found = re.search(NUMBER, text.rpartition(mark)[2])
+            return number(found.group()) if found else None
+    found = re.findall(NUMBER, text)
+    return number(found[-1]) if found else None
+
+
+NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+
+
+def number(text: str) -> Decimal:
+    return Decimal(text.replace(",", "").replace("$", ""))
+
+
+def score_number(prediction: str, answers: list[str]) -> int:
+    """GSM8K: 1 if the final number is that of the answer, 1,000 being 1000.0."""
+    return int(final_number(prediction) == final_number(answers[0]))
+
+
+def score_trivia(prediction: str, answers: list[str]) -> int:
+    """TriviaQA's exact match, of the first line: articles, punctuation and case apart."""
+
+    def bare(text: str) -> str:
+        letters = "".join(" " if c in string.punctuation + "‘’´`_" else c for c in text.lower())
+        return " ".join(word for word in letters.split() if word not in ("a", "an", "the"))
+
+    lines = prediction.strip().splitlines()
+    return int(bool(lines) and bare(lines[0]) in [bare(answer) for answer in answers])
+
+
+STOPS = r"\n(?=class |def |#|if |print\()"  # where a continuation of a function ends
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def program(example: dict) -> str:
+    """The Python program in a completion: its first block of code that defines the function, else
+    its first block, else the text as it continues the prompt."""
+    text, code, entry = example["raw_prediction"], example["code"], example["entry_point"]
+    defines = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.MULTILINE)
+    blocks = FENCE.findall(text)
+    if blocks:
+        text = next((block for block in blocks if defines.search(block)), blocks[0])
+    elif not entry:  # MBPP's layout ends with [DONE]
+        text = text.split("[DONE]")[0]
+    if not entry:
+        return text
+    if defines.search(text):  # a whole function; imports and helpers stand in the prompt
+        return f"{code.rstrip()}\n    pass\n\n{text}"
+    return code + re.split(STOPS, text, maxsplit=1)[0]
+
+
+# ------------------------------------------------------------------------------------------
+# A judge: a language model behind an OpenAI-compatible endpoint gives points
+
+
+JUDGE_PROMPT = """You grade {what}. Compare the candidate with the reference and give points \
+from 0 to 10, where 10 says as good as the reference. Look at:
+{criteria}
+
+Reference:
+{reference}
+
+Candidate:
+{candidate}
+
+Reply with one line and nothing else, in this form: Total score: N"""
+POINTS = re.compile(r"(?:total score|总分)\D{0,5}?(\d+(?:\.\d+)?)", re.IGNORECASE)
+JUDGE_SECONDS = 120.0  # that one request may take
+JUDGE_PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the tries of a request
+JUDGE_REQUESTS = 8  # at a time
+
+
+class JudgeError(ValueError):
+    """What no further try would mend: a wrong address, key or model."""
+
+
+@dataclass
+class Judge:
+    """Asks `model` at `url` (the part before /chat/completions), and keeps every reply in the file
+    `replies`, so that what has been judged is not asked again."""
+
+    url: str
+    model: str
+    key: str
+    replies: Path
+    known: dict[str, str] = field(default_factory=dict)  # digest of model and text -> reply
+
+    def __post_init__(self) -> None:
+        if self.replies.exists():
+            for line in self.replies.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    self.known[row["asked"]] = row["reply"]
+                except (ValueError, KeyError, TypeError):  # cut off when a run was killed
+                    continue
+
+    def digest(self, text: str) -> str:
+        return hashlib.sha256(f"{self.model}\n{text}".encode()).hexdigest()
+
+    def points(self, texts: list[str]) -> list[float | None]:
+        """The points of each text out of 10, divided by 10; None where the judge could not be had
+        or its reply is unreadable. Raises JudgeError."""
+        known = {self.digest(text): text for text in texts}
+        missing = [d for d in known if read_points(self.known.get(d)) is None]
+        if missing:
+            print(f"judge: {len(missing)} of {len(texts)} to ask {self.model}", flush=True)
+            self.replies.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.replies, "a", encoding="utf-8") as out:
+                out.write("\n")  # a line cut off ends here
+                for asked, reply in self.ask_all({d: known[d] for d in missing}):
+                    row = {"asked": asked, "model": self.model, "reply": reply}
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    out.flush()
+                    self.known[asked] = reply
+        return [read_points(self.known.get(self.digest(text))) for text in texts]
+
+    def ask_all(self, texts: dict[str, str]) -> Iterator[tuple[str, str]]:
+        """(digest, reply) as the replies come in."""
+        stop = threading.Event()
+        with ThreadPoolExecutor(JUDGE_REQUESTS) as pool:
+            asked = {pool.submit(self.ask, text, stop): d for d, text in texts.items()}
+            try:
+                for done in tqdm(
+                    as_completed(asked), "judge", len(asked), leave=False, disable=None
+                ):
+                    if (reply := done.result()) is not None:
+                        yield asked[done], reply
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def ask(self, text: str, stop: threading.Event) -> str | None:
+        """The judge's reply; None after the last try."""
+        for pause in (*JUDGE_PAUSES, None):
+            try:
+                return self.request(text)
+            except urllib.error.HTTPError as error:
+                reason = error.read(300).decode(errors="replace")
+                if error.code not in (408, 409, 425, 429) and error.code < 500:
+                    raise JudgeError(f"{self.url}: HTTP {error.code}: {reason}") from None
+                after = error.headers.get("Retry-After", "")
+                if pause is not None and after.isdecimal():
+                    pause = max(pause, min(int(after), 600))
+            except (OSError, http.client.HTTPException, ValueError):  # cut, slow, or nonsense
+                pass
+            if pause is None or stop.wait(pause):
+                return None
+
+    def request(self, text: str) -> str:
+        """One try. Raises OSError, HTTPException, or ValueError for an answer of another shape."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+        }
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+        )
+        with urllib.request.urlopen(request, timeout=JUDGE_SECONDS) as response:
+            answer = json.loads(response.read())
+        try:
+            reply = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError("the answer has no choices[0].message.content") from None
+        if not is_text(reply):
+            raise ValueError("the answer's content is no text")
+        return reply
+
+
+def read_points(reply: str | None) -> float | None:
+    """Points of a reply, divided by 10: the first after "total score", from 0 to 10."""
+    found = POINTS.search(reply or "")
+    return float(found[1]) / 10 if found and float(found[1]) <= 10 else None
+
+
+# ------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task's file is read, its answers are got (`kind`, a key of PREDICTIONS and RESULTS) and
+    scored."""
+
+    kind: str
+    about: str  # what --data is
+    read: Callable[[str | Path, Ask], list[dict]]
+    score: Callable[[str, list[str]], int] | None = None  # of a completion, where kind is text
+    max_new_tokens: int = 128
+    grades: str = ""  # what a judge grades
+    criteria: tuple[str, ...] = ()
+
+
+ANSWERS = "rows of prompt (in its chat format) and raw_answers"
+TASKS = {
+    "exact": Task("text", ANSWERS, by_row(read_answers), score_exact),
+    "intent": Task("text", f"ESFT's: {ANSWERS}", by_row(read_intent), score_intent),
+    "gsm8k": Task("text", "rows of question and answer", by_row(read_gsm8k), score_number, 512),
+    "triviaqa": Task("text", "rows of question and answers", by_row(read_trivia), score_trivia, 32),
+    "summary": Task(
+        "judged",
+        f"ESFT's: {ANSWERS}",
+        by_row(read_answers),
+        max_new_tokens=512,
+        grades="the summary of a customer's call",
+        criteria=(
+            "Accuracy: is the customer's problem or complaint put as in the reference?",
+            "Completeness: is every important point there?",
+            "Brevity: nothing superfluous, the reference's style",
+            "Follow-up: are the same next steps asked for?",
+        ),
+    ),
+    "law": Task(
+        "judged",
+        f"ESFT's: {ANSWERS}",
+        by_row(read_answers),
+        max_new_tokens=512,
+        grades="the predicted judgment of a court (0 points if there is none)",
+        criteria=(
+            "Agreement: the same decisions, whatever the words; this weighs most",
+            "Completeness: parties, amounts, liability, costs",
+            "Accuracy: details, figures, dates, legal grounds",
+            "Tone: factual, in legal terms",
+        ),
+    ),
+    "translation": Task(
+        "judged",
+        f"ESFT's: {ANSWERS}",
+        by_row(read_answers),
+        grades="a translation",
+        criteria=(
+            "Accuracy: does it say what the reference says?",
+            "Completeness: is every part there?",
+            "Brevity: nothing superfluous, the reference's style",
+        ),
+    ),
+    "choice": Task("choice", "rows of prompt, choices, answer", by_row(read_choice)),
+    "mmlu": Task("choice", "the folder of the published CSV files: dev/, test/", read_mmlu),
+    "ceval": Task("choice", "the folder of the published CSV files: dev/, val/", read_ceval),
+    "hellaswag": Task("choice", "the published rows", by_row(read_hellaswag)),
+    "arc": Task("choice", "the published rows", by_row(read_arc)),
+    "cluewsc": Task("choice", "the published rows", by_row(read_cluewsc)),
+    "humaneval": Task("code", "the published rows", by_row(read_humaneval), max_new_tokens=512),
+    "mbpp": Task("code", "the published rows", by_row(read_mbpp), max_new_tokens=512),
+    "loss": Task("loss", "any training file", read_chat),
 }
 
 
-def read_examples(path: str | Path, task: str) -> list[dict]:
-    """Rows {"prompt", "raw_answers"} of an evaluation file. Prompts already carry the chat format.
-    Raises ValueError that names file, line and field."""
-    examples = []
-    for where, row in read_rows(path):
-        examples.append(example_fields(row, where, task))
-    return examples
+def read_examples(path: str | Path, task: str, ask: Ask) -> list[dict]:
+    """The examples of a data file or folder. Raises ValueError and OSError that name file, line and
+    field."""
+    return TASKS[task].read(path, ask)
 
 
-def example_fields(row: dict, where: str, task: str) -> dict:
-    answers = row.get("raw_answers")
-    if answers is None and ("messages" in row or "completion" in row):
-        raise ValueError(f"{where}: field raw_answers is missing; this looks like a training file")
-    if not isinstance(answers, list) or not answers or not all(map(is_text, answers)):
-        raise ValueError(
-            f"{where}: field raw_answers is {answers!r:.60}; a list of strings is required"
-        )
-    if task == "intent":
-        try:
-            json.loads(answers[0])["slots"].items()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise ValueError(
-                f"{where}: field raw_answers[0] is {answers[0]!r:.60}; "
-                'JSON with an object "slots" is required'
-            ) from None
-    return {"prompt": text_field(row, "prompt", where), "raw_answers": answers}
+# What a model answers: (number of the example, the example with the answer), as answers come in
+Predictions = Iterator[tuple[int, dict]]
 
 
-def read_loss_samples(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
-    """The samples of a chat file. Raises ValueError for one without an answer that counts."""
-    samples = encode_file(path, tokenizer)
-    for i, (_, labels) in enumerate(samples, 1):
-        if not any(label >= 0 for label in labels[1:]):
-            raise ValueError(f"{path}: row {i} has no answer to score; every one is masked")
-    return samples
+def predict_text(
+    model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size: int
+) -> Predictions:
+    """Adds raw_prediction."""
+    tokenizer = ask.tokenizer
+    prompts = tokenizer.encode_all([example["prompt"] for example in examples])
+    prompts = [[tokenizer.bos_id, *ids] for ids in prompts]
+    sizes = max_new_tokens, tokenizer.eos_id, batch_size
+    for batch, rows in generate_batches(model, prompts, *sizes):
+        for i, row in zip(batch, rows):
+            yield i, examples[i] | {"raw_prediction": tokenizer.decode(row)}
 
 
-def check_file(task: str, path: str | Path, tokenizer: Tokenizer) -> None:
-    """Raises what evaluating `path` would raise over its rows, without a model."""
-    read_loss_samples(path, tokenizer) if TASKS[task] is None else read_examples(path, task)
+def predict_judged(
+    model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size: int
+) -> Predictions:
+    """Adds raw_prediction, and of the reference answer reference_loss (mean over its tokens),
+    reference_accuracy (how many of them greedy decoding would choose) and reference_tokens."""
+    tokenizer = ask.tokenizer
+    rows, wanted = [], []
+    for example in examples:
+        answer = CHAT_FORMATS[tokenizer.chat_format].answer.format(example["raw_answers"][0])
+        prompt, answer = tokenizer.encode_all([example["prompt"], answer])
+        rows.append([tokenizer.bos_id, *prompt, *answer, tokenizer.eos_id])
+        wanted.append(following(rows[-1], 1 + len(prompt)))
+    judged = [dict(example) for example in examples]
+    for batch, logs, hits in likelihoods(model, rows, wanted):
+        for i, log, hit in zip(batch, logs, hits):
+            judged[i]["reference_loss"] = -log.double().mean().item()
+            judged[i]["reference_accuracy"] = hit.double().mean().item()
+            judged[i]["reference_tokens"] = len(log)
+    yield from predict_text(model, ask, judged, max_new_tokens, batch_size)
+
+
+def predict_choice(
+    model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size: int
+) -> Predictions:
+    """Adds loglikelihoods, one a choice, and raw_prediction, the likeliest."""
+    with tqdm(total=len(examples), desc="score", leave=False, disable=None) as bar:
+        for start in range(0, len(examples), batch_size):
+            block = examples[start : start + batch_size]
+            for i, sums in enumerate(choice_likelihoods(model, ask.tokenizer, block)):
+                best = block[i]["choices"][sums.index(max(sums))]
+                yield start + i, block[i] | {"loglikelihoods": sums, "raw_prediction": best}
+            bar.update(len(block))
+
+
+def choice_likelihoods(
+    model: Transformer, tokenizer: Tokenizer, examples: list[dict]
+) -> list[list[float]]:
+    """Of each example the log-likelihood of each choice, given the prompt. Choices that differ in
+    their last token alone, as letters do, share a row."""
+    rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # a row, and what is wanted of it
+    places = []  # of each choice, its row, and where its tokens are in what is wanted
+    for example in examples:
+        texts = [join_choice(example["prompt"], choice) for choice in example["choices"]]
+        prompt, *choices = tokenizer.encode_all([example["prompt"], *texts])
+        # Where a choice's first letters merge with the prompt's last, that token counts as its.
+        start = 1 + min(common_prefix(prompt, ids) for ids in choices)
+        for ids in choices:
+            ids = [tokenizer.bos_id, *ids]
+            wanted = rows.setdefault(tuple(ids[:-1]), [])
+            places.append((tuple(ids[:-1]), len(wanted), len(wanted) + len(ids) - start))
+            wanted += following(ids, start)
+    found, keys = {}, list(rows)
+    for batch, logs, _ in likelihoods(model, [list(key) for key in keys], list(rows.values())):
+        found |= {keys[row]: log.double() for row, log in zip(batch, logs)}
+    sums = iter([found[key][begin:end].sum().item() for key, begin, end in places])
+    return [[next(sums) for _ in example["choices"]] for example in examples]
+
+
+def join_choice(prompt: str, choice: str) -> str:
+    """A space between them, unless there is one, or a Chinese letter."""
+    apart = not prompt[-1:].isspace() and max(prompt[-1:], choice[:1]) < "\u2e80"
+    return f"{prompt} {choice}" if apart else prompt + choice
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    differing = (n for n, (x, y) in enumerate(zip(a, b)) if x != y)
+    return next(differing, min(len(a), len(b)))
+
+
+def predict_loss(
+    model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size: int
+) -> Predictions:
+    """Adds loss, the mean over the answer's tokens, accuracy and tokens."""
+    wanted = [[(n, example["ids"][n]) for n in example["learned"]] for example in examples]
+    rows = [example["ids"] for example in examples]
+    with tqdm(total=len(examples), desc="score", leave=False, disable=None) as bar:
+        for batch, logs, hits in likelihoods(model, rows, wanted):
+            for i, log, hit in zip(batch, logs, hits):
+                answered = {name: examples[i][name] for name in ("prompt", "raw_answers")}
+                answered["loss"] = -log.double().mean().item()
+                answered["accuracy"] = hit.double().mean().item()
+                answered["tokens"] = len(log)
+                yield i, answered
+            bar.update(len(batch))
+
+
+PREDICTIONS = {
+    "text": predict_text,
+    "code": predict_text,
+    "judged": predict_judged,
+    "choice": predict_choice,
+    "loss": predict_loss,
+}
 
 
 @dataclass
 class Result:
-    """What an evaluation gives: the mean, over how many of what, and one record a sample."""
+    """What an evaluation gives: metrics, the main one first (None: nothing could be scored); over
+    how many of what; how many of these could not be scored; and one record a sample."""
 
-    mean: float
+    metrics: dict[str, float | None]
     count: int
     unit: str
     records: list[dict]
+    missing: int = 0
+    groups: dict[str, float] | None = None  # the main metric of each subject
+
+    @property
+    def mean(self) -> float | None:
+        return next(iter(self.metrics.values()))
+
+
+def mean(values: list, weights: list[int] | None = None) -> float:
+    weights = weights or [1] * len(values)
+    return sum(v * w for v, w in zip(values, weights)) / sum(weights)
+
+
+def result_of_text(task: Task, examples: list[dict], judge: Judge | None) -> Result:
+    scores = [task.score(e["raw_prediction"], e["raw_answers"]) for e in examples]
+    records = [{"example": e, "score": score} for e, score in zip(examples, scores)]
+    return Result({"accuracy": mean(scores)}, len(records), "samples", records)
+
+
+def result_of_choice(task: Task, examples: list[dict], judge: Judge | None) -> Result:
+    """The likeliest choice, and the likeliest by letter: log-likelihoods divided by the length of
+    the choice's text, as lm-evaluation-harness' acc_norm."""
+    records, groups = [], {}
+    for e in examples:
+        right = e["choices"].index(e["raw_answers"][0])
+        by_letter = [log / len(c) for log, c in zip(e["loglikelihoods"], e["choices"])]
+        best, normalised = (v.index(max(v)) == right for v in (e["loglikelihoods"], by_letter))
+        records.append({"example": e, "score": int(best), "score_normalised": int(normalised)})
+        groups.setdefault(e.get("subject"), []).append(int(best))
+    metrics = {
+        "accuracy": mean([r["score"] for r in records]),
+        "normalised": mean([r["score_normalised"] for r in records]),
+    }
+    subjects = {name: mean(scores) for name, scores in groups.items() if name is not None}
+    return Result(metrics, len(records), "questions", records, groups=subjects or None)
+
+
+def result_of_code(task: Task, examples: list[dict], judge: Judge | None) -> Result:
+    if guards := missing_guards():
+        print(f"sandbox: this system lacks {', '.join(guards)}; programs run without", flush=True)
+    said = run_programs([(program(e), e["test"]) for e in examples])
+    records = [
+        {"example": e, "score": int(line == "passed"), "result": line}
+        for e, line in zip(examples, said)
+    ]
+    metrics = {"pass@1": mean([r["score"] for r in records])}
+    return Result(metrics, len(records), "programs", records)
+
+
+def result_of_judged(task: Task, examples: list[dict], judge: Judge | None) -> Result:
+    """The judge's points; without one, loss and token accuracy of the reference answers."""
+    referenced = [e for e in examples if "reference_tokens" in e]  # not in files of others
+    tokens = [e["reference_tokens"] for e in referenced]
+    metrics: dict[str, float | None] = {
+        name: mean([e[f"reference_{name}"] for e in referenced], tokens) if referenced else None
+        for name in ("loss", "accuracy")
+    }
+    metrics = {f"reference {name}": value for name, value in metrics.items()}
+    if judge is None:
+        records = [{"example": e, "score": None} for e in examples]
+        return Result(metrics, len(records), "samples, without a judge", records, len(records))
+    points = judge.points([judge_prompt(task, e) for e in examples])
+    records = [{"example": e, "score": p} for e, p in zip(examples, points)]
+    given = [p for p in points if p is not None]
+    metrics = {"points": mean(given) if given else None} | metrics
+    return Result(metrics, len(given), "judged samples", records, len(records) - len(given))
+
+
+def judge_prompt(task: Task, example: dict) -> str:
+    candidate = example["raw_prediction"].strip()
+    if task is TASKS["translation"]:  # as in the original: what follows is talk
+        candidate = candidate.split("\n\n")[0]
+    return JUDGE_PROMPT.format(
+        what=task.grades,
+        criteria="\n".join(f"- {line}" for line in task.criteria),
+        reference=example["raw_answers"][0],
+        candidate=candidate or "(nothing)",
+    )
+
+
+def result_of_loss(task: Task, examples: list[dict], judge: Judge | None) -> Result:
+    """Means over all tokens; a record's score is its sample's mean loss."""
+    tokens = [e["tokens"] for e in examples]
+    loss = mean([e["loss"] for e in examples], tokens)
+    metrics = {"loss": loss, "token accuracy": mean([e["accuracy"] for e in examples], tokens)}
+    records = [{"example": e, "score": e["loss"]} for e in examples]
+    return Result(metrics, sum(tokens), "tokens", records)
+
+
+RESULTS = {
+    "text": result_of_text,
+    "choice": result_of_choice,
+    "code": result_of_code,
+    "judged": result_of_judged,
+    "loss": result_of_loss,
+}
+
+
+def score(task: str, examples: list[dict], judge: Judge | None = None) -> Result:
+    """Scores answered examples."""
+    return RESULTS[TASKS[task].kind](TASKS[task], examples, judge)
 
 
 def evaluate(
@@ -198,69 +1088,134 @@ def evaluate(
     tokenizer: Tokenizer,
     task: str,
     path: str | Path,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     batch_size: int = 64,
-    limit: int | None = None,
 ) -> Result:
-    """Runs `task` on a data file. Tasks with answers decode greedily; "loss" takes chat rows."""
-    if TASKS[task] is None:
-        return evaluate_loss(model, tokenizer, path, limit)
-    examples = read_examples(path, task)[:limit]
-    prompts = [
-        [tokenizer.bos_id, *ids] for ids in tokenizer.encode_all([e["prompt"] for e in examples])
-    ]
-    completions = generate(model, prompts, max_new_tokens, tokenizer.eos_id, batch_size)
-    return score_records(
-        [
-            {
-                "prompt": e["prompt"],
-                "raw_prediction": tokenizer.decode(completion),
-                "raw_answers": e["raw_answers"],
-            }
-            for e, completion in zip(examples, completions)
-        ],
-        task,
-    )
+    """Runs `task`, a key of TASKS, on a data file, without a judge and without saving anything."""
+    ask = Ask(tokenizer)
+    examples = read_examples(path, task, ask)
+    sizes = max_new_tokens or TASKS[task].max_new_tokens, batch_size
+    for i, answered in PREDICTIONS[TASKS[task].kind](model, ask, examples, *sizes):
+        examples[i] = answered
+    return score(task, examples)
 
 
-def score_records(examples: list[dict], task: str) -> Result:
-    records = [
-        {"example": e, "score": TASKS[task](e["raw_prediction"], e["raw_answers"])}
-        for e in examples
-    ]
-    return Result(sum(r["score"] for r in records) / len(records), len(records), "samples", records)
+# ------------------------------------------------------------------------------------------
+# A run: several tasks on a base and its adapters, that can be stopped and continued
+#
+# While it decodes, each process appends its answers to FILE.rankR.part; at the end the first one
+# puts them in order. results.json says of each finished file what made it.
 
 
-@torch.inference_mode()
-def evaluate_loss(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    path: str | Path,
-    limit: int | None = None,
-    max_tokens: int = 16384,
-) -> Result:
-    """Mean cross-entropy over the answers' tokens of a chat file; a record's score is its sample's
-    mean."""
-    samples = read_loss_samples(path, tokenizer)[:limit]
-    records: list[dict] = [{} for _ in samples]
-    total, count = 0.0, 0
-    for group in by_length([len(ids) for ids, _ in samples], max_tokens):
-        tokens = pad([samples[i][0] for i in group], tokenizer.eos_id)
-        labels = pad([samples[i][1] for i in group], IGNORE)
-        losses, _ = token_losses(model, tokens.to(model.lm_head.weight.device), labels)
-        learned = [sum(label >= 0 for label in samples[i][1][1:]) for i in group]
-        for i, part in zip(group, losses.double().split(learned)):
-            ids, targets = samples[i]
-            answer = [label for label in targets[1:] if label >= 0]
-            records[i] = {
-                "example": {
-                    "prompt": tokenizer.decode([t for t, y in zip(ids, targets) if y < 0]),
-                    "raw_answers": [tokenizer.decode(answer)],
-                },
-                "score": part.mean().item(),
-            }
-            total, count = total + part.sum().item(), count + len(answer)
-    return Result(total / count, count, "tokens", records)
+class Ranks:
+    """The processes that torchrun started over one folder; without it, this one alone."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = (
+            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if self.world > 1:
+            # Ranks wait as long as another one decodes.
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+
+    def wait(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def print(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+@dataclass
+class Evaluation:
+    """One task on one model: its row and column in the table, its examples, where the completions
+    go, and what must be the same for it to be continued."""
+
+    variant: str
+    column: str
+    adapter: Path | None
+    task: str
+    data: str
+    examples: list[dict]
+    max_new_tokens: int
+    file: Path
+    identity: dict
+
+    def parts(self) -> list[Path]:
+        return sorted(self.file.parent.glob(f"{self.file.name}.rank*.part"))
+
+    def answered(self) -> dict[int, dict]:
+        """What the parts hold: number of the example -> the example with its answer."""
+        found = {}
+        for path in self.parts():
+            first, *lines = path.read_text(encoding="utf-8").split("\n")
+            if read_line(first) != self.identity:
+                continue
+            for row in map(read_line, lines):
+                if row is not None:
+                    found[row["number"]] = row["example"]
+        return found
+
+    def finished(self, results: dict) -> list[dict] | None:
+        """The answered examples of a complete file that this evaluation wrote."""
+        entry = results.get(f"{self.variant} {self.column}", {})
+        if entry.get("identity") != self.identity or not self.file.is_file():
+            return None
+        lines = self.file.read_text(encoding="utf-8").split("\n")
+        if len(lines) - 1 != len(self.examples):
+            return None
+        return [json.loads(line)["example"] for line in lines[:-1]]
+
+
+def read_line(line: str):
+    """The value of a line of JSON; None if a kill cut it off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def complete(
+    evaluation: Evaluation, model: Transformer, ask: Ask, batch_size: int, ranks: Ranks
+) -> list[dict]:
+    """Answers the examples that no earlier run answered, split over the processes; all of them are
+    in the parts then. Returns them to the first process."""
+    e = evaluation
+    if ranks.rank == 0:
+        for path in e.parts():
+            with open(path, encoding="utf-8") as file:
+                if read_line(file.readline()) != e.identity:
+                    print(f"{path}: of another evaluation; begun anew")
+                    path.unlink()
+    ranks.wait()
+    done = e.answered()
+    pending = [n for n in range(len(e.examples)) if n not in done]
+    ranks.wait()
+    if done:
+        ranks.print(f"{e.variant} {e.column}: {len(done)} of {len(e.examples)} answered before")
+    mine = pending[ranks.rank :: ranks.world]
+    predict = PREDICTIONS[TASKS[e.task].kind]
+    if mine:
+        part = Path(f"{e.file}.rank{ranks.rank}.part")
+        with open(part, "a", encoding="utf-8") as out:
+            if out.tell() == 0:
+                out.write(json.dumps(e.identity))
+            out.write("\n")  # ends the first line, or one that a kill cut off
+            examples = [e.examples[n] for n in mine]
+            for i, example in predict(model, ask, examples, e.max_new_tokens, batch_size):
+                out.write(json.dumps({"number": mine[i], "example": example}) + "\n")
+                out.flush()
+    ranks.wait()
+    if ranks.rank > 0:
+        return []
+    done = e.answered()
+    if missing := [n for n in range(len(e.examples)) if n not in done]:
+        raise OSError(
+            f"{e.file}: {len(missing)} answers of other processes are missing beside it; all "
+            "processes must write to the same folder"
+        )
+    return [done[n] for n in range(len(e.examples))]
 
 
 def write_records(path: str | Path, records: list[dict]) -> None:
@@ -270,57 +1225,296 @@ def write_records(path: str | Path, records: list[dict]) -> None:
         )
 
 
-def rescore(path: str | Path, task: str) -> tuple[Result, int]:
-    """Scores saved completions again; also returns how many scores equal the saved ones."""
+def describe(result: Result) -> str:
+    values = [f"{name} {show(value)}" for name, value in result.metrics.items()]
+    if "loss" in result.metrics:
+        values.append(f"perplexity {math.exp(min(result.metrics['loss'], 700)):.3f}")
+    missing = f"; {result.missing} without points" if result.missing and result.count else ""
+    return f"{', '.join(values)} over {result.count:,} {result.unit}{missing}"
+
+
+def show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def table(results: dict[str, dict[str, Result]]) -> str:
+    """variant -> column -> result, as lines: the main metric of each, and the mean of those that
+    are the same metric's kind, from 0 to 1."""
+    columns = list(dict.fromkeys(column for of in results.values() for column in of))
+    names = {c: next(of[c] for of in results.values() if c in of).metrics for c in columns}
+    heads = [f"{c} ({next(iter(names[c]))})" for c in columns]
+    averaged = [c for c in columns if "loss" not in next(iter(names[c]))]
+    lines = [["", *heads] + ["average"] * (len(averaged) > 1)]
+    for variant, of in results.items():
+        line = [variant, *(show(of[c].mean) for c in columns)]
+        if len(averaged) > 1:
+            values = [of[c].mean for c in averaged]
+            line.append(show(None if None in values else mean(values)))
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+        for line in lines
+    )
+
+
+def name_adapters(paths: list[str]) -> list[str]:
+    """A short name for each: its directory, or the one above where that is "adapter"; the whole
+    path where two would share a name."""
+    short = []
+    for path in map(Path, paths):
+        short.append(path.parent.name if path.name == "adapter" and path.parent.name else path.name)
+    return [
+        name if short.count(name) == 1 and name != "base" else str(path)
+        for name, path in zip(short, paths)
+    ]
+
+
+def plan_evaluations(args: argparse.Namespace, ask: Ask, base: Path, dtype: torch.dtype):
+    """Every evaluation that the command line asks for, with its examples read and its adapter
+    checked; nothing is loaded. Raises ValueError and OSError."""
+    meta, stored = read_checkpoint(base)
+    meta.fingerprint = fingerprint(stored)
+    variants = [("base", None, None)] if args.base or not args.adapter else []
+    for name, adapter in zip(name_adapters(args.adapter), args.adapter):
+        adapter = local_directory(adapter, "adapter")
+        stored = read_adapter(adapter, meta)
+        variants.append((name, adapter, [fingerprint(stored.tensors), stored.scaling]))
+    single = args.output.suffix == ".jsonl"
+    if single and len(variants) * len(args.task) > 1:
+        raise ValueError(f"--output is {args.output}; for several evaluations, name a folder")
+    evaluations = []
+    for task, data in zip(args.task, args.data):
+        examples = read_examples(data, task, ask)[: args.limit]
+        column = task if args.task.count(task) == 1 else f"{task}:{Path(data).stem}"
+        digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+        new = args.max_new_tokens or TASKS[task].max_new_tokens
+        for name, adapter, weights in variants:
+            file = f"{name}.{column}.jsonl".replace("/", "-").replace(":", ".")
+            identity = {
+                "base": meta.fingerprint,
+                "adapter": weights,
+                "task": task,
+                "examples": digest,
+                "max_new_tokens": new,
+                "dtype": str(dtype),
+            }
+            path = args.output if single else args.output / file
+            check_output_file(path, args.data)
+            evaluations.append(
+                Evaluation(name, column, adapter, task, data, examples, new, path, identity)
+            )
+    if len({e.file for e in evaluations}) < len(evaluations):
+        raise ValueError("--task: the same task and data are given twice")
+    return evaluations
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers, scores and writes all that the command line asks for, and prints the table."""
+    ranks = Ranks()
+    single = args.output.suffix == ".jsonl"
+    if single:
+        check_output_file(args.output, args.data)
+    elif args.output.is_file():
+        raise ValueError(f"{args.output}: is a file; a folder, or NAME.jsonl, is required")
+    check_device(args.device)
+    base = local_directory(args.model)
+    ModelConfig.from_json(base / "config.json")  # refuses what is not supported
+    dtype = choose_dtype(args.dtype, args.device)
+    ask = Ask(load_tokenizer(base, args.chat_format), args.plain)
+    evaluations = plan_evaluations(args, ask, base, dtype)
+    folder = args.output.parent if single else args.output
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{args.output.stem}." if single else ""
+    results_file = folder / f"{stem}results.json"
+    saved = read_results(results_file)
+    judge = make_judge(args, folder / f"{stem}judge.jsonl")
+    before = [e.finished(saved) for e in evaluations]
+    ranks.wait()  # nobody writes before everyone has looked
+    model = None
+    results: dict[str, dict[str, Result]] = {}
+    order = sorted(range(len(evaluations)), key=lambda i: str(evaluations[i].adapter or ""))
+    present = None
+    for i in order:
+        e, examples, begin = evaluations[i], before[i], time.perf_counter()
+        if examples is None:
+            if model is None:
+                model = load_model(base, args.device, dtype)
+            if e.adapter != present:
+                remove_adapter(model) if e.adapter is None else load_adapter(model, e.adapter)
+                present = e.adapter
+            examples = complete(e, model, ask, args.batch_size, ranks)
+        else:
+            ranks.print(f"{e.variant} {e.column}: answered before, in {e.file}")
+        if ranks.rank == 0:
+            result = score(e.task, examples, judge)
+            write_records(e.file, result.records)
+            saved[f"{e.variant} {e.column}"] = entry_of(e, result)
+            write_json(results_file, saved, indent=2)
+            for path in e.parts():
+                path.unlink()
+            results.setdefault(e.variant, {})[e.column] = result
+            seconds = time.perf_counter() - begin
+            print(f"{e.variant} {e.column}: {describe(result)}, {seconds:,.1f} s", flush=True)
+        ranks.wait()
+    if ranks.rank == 0:
+        finish(evaluations, results, results_file, judge)
+
+
+def read_results(path: Path) -> dict:
+    """results.json of earlier runs, "variant column" -> `entry_of`."""
+    saved = read_json(path) if path.exists() else {}
+    if not isinstance(saved, dict) or not all(isinstance(v, dict) for v in saved.values()):
+        raise ValueError(f"{path}: not a results file of eval.py; move it away")
+    return saved
+
+
+def entry_of(e: Evaluation, result: Result) -> dict:
+    entry = {
+        "variant": e.variant,
+        "adapter": e.adapter and str(e.adapter),
+        "task": e.task,
+        "data": str(e.data),
+        "file": e.file.name,
+        "metrics": result.metrics,
+        "count": result.count,
+        "unit": result.unit,
+        "missing": result.missing,
+        "identity": e.identity,
+    }
+    return entry | ({"subjects": result.groups} if result.groups else {})
+
+
+def make_judge(args: argparse.Namespace, replies: Path) -> Judge | None:
+    if not args.judge_url:
+        return None
+    return Judge(args.judge_url, args.judge_model, os.environ.get("OPENAI_API_KEY", ""), replies)
+
+
+def finish(
+    evaluations: list[Evaluation], results: dict, results_file: Path, judge: Judge | None
+) -> None:
+    """The table, what it lacks, what was written and what to do next."""
+    ordered = {e.variant: results[e.variant] for e in evaluations}
+    if len(evaluations) > 1:
+        print(f"\n{table(ordered)}")
+    judged = [e for e in evaluations if TASKS[e.task].kind == "judged"]
+    if judged and judge is None:
+        print(
+            "no judge was asked: of judged tasks the table has the loss of the reference answers; "
+            "the same command with --judge_url and --judge_model has the saved completions judged"
+        )
+    missing = sum(results[e.variant][e.column].missing for e in judged)
+    if judge is not None and missing:
+        print(f"{missing} completions have no points; the same command asks the judge for them")
+    print(f"wrote {results_file} and {', '.join(e.file.name for e in evaluations)} beside it")
+    e = evaluations[0]
+    if TASKS[e.task].kind != "loss":
+        print(f"next: python eval.py --rescore {e.file} --task {e.task}")
+
+
+# ------------------------------------------------------------------------------------------
+# Saved completions
+
+
+def check_saved(example: dict, task: str, where: str) -> dict:
+    """A saved example with what its score needs. Raises ValueError that names line and field."""
+    kind = TASKS[task].kind
+    read_intent(example, where) if task == "intent" else read_answers(example, where)
+    text_field(example, "raw_prediction", where)
+    if task == "gsm8k" and final_number(example["raw_answers"][0]) is None:
+        raise ValueError(f"{where}: field raw_answers[0] has no number")
+    if kind == "code":
+        for name in ("code", "entry_point", "test"):
+            text_field(example, name, where)
+    if kind == "choice":
+        choices, logs = text_list(example, "choices", where, 2), example.get("loglikelihoods")
+        if (
+            not isinstance(logs, list)
+            or len(logs) != len(choices)
+            or not all(isinstance(log, float | int) for log in logs)
+        ):
+            raise ValueError(
+                f"{where}: field loglikelihoods is {logs!r:.60}; {len(choices)} numbers are "
+                "required"
+            )
+        if example["raw_answers"][0] not in choices:
+            raise ValueError(f"{where}: field raw_answers[0] is none of the choices")
+    return example
+
+
+def rescore(path: str | Path, task: str, judge: Judge | None = None) -> tuple[Result, int]:
+    """Scores saved completions again; also returns how many scores equal the saved ones. Raises
+    ValueError that names line and field."""
     examples, saved = [], []
     for where, row in read_rows(path):
-        if not isinstance(row.get("example"), dict):
-            raise ValueError(
-                f"{where}: field example is {row.get('example')!r:.60}; an object is required"
-            )
-        example = example_fields(row["example"], where, task)
-        examples.append(
-            {**example, "raw_prediction": text_field(row["example"], "raw_prediction", where)}
-        )
+        example = required(row, "example", dict, where)
+        examples.append(check_saved(example, task, where))
         saved.append(row.get("score"))
-    result = score_records(examples, task)
+    result = score(task, examples, judge)
     return result, sum(r["score"] == s for r, s in zip(result.records, saved))
 
 
-def main() -> None:
+def rescore_command(args: argparse.Namespace) -> None:
+    if args.output:
+        check_output_file(args.output, [args.rescore])
+    replies = Path(f"{args.output or args.rescore}").with_suffix(".judge.jsonl")
+    result, equal = rescore(args.rescore, args.task[0], make_judge(args, replies))
+    print(f"{args.task[0]}: {describe(result)}")
+    print(f"{equal} of {len(result.records)} scores equal the saved ones")
+    if args.output:
+        write_records(args.output, result.records)
+        print(f"wrote {args.output}")
+
+
+# ------------------------------------------------------------------------------------------
+# Command line
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Evaluate a checkpoint, with or without an adapter, on a task; or score saved "
-            "completions again."
+            "Evaluate a base checkpoint and adapters on tasks, or score saved completions again.\n"
+            "Run again, the same command continues; with torchrun, processes share the examples."
         ),
+        epilog="tasks, and what their --data is:\n"
+        + "\n".join(f"  {name:<12} {task.about}" for name, task in TASKS.items())
+        + "\n\nsummary, law and translation are graded by a judge, a language model; its key is\n"
+        "read from the environment (OPENAI_API_KEY). Without a judge, the loss of the reference\n"
+        "answers is reported. humaneval and mbpp run generated programs, in a sandbox\n"
+        "(sandbox.py).",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="checkpoint: a directory or a hub name")
+    source.add_argument("--model", help="base checkpoint: a directory or a hub name")
     source.add_argument(
         "--rescore", metavar="COMPLETIONS", help="saved completions to score again, without a model"
     )
     parser.add_argument(
-        "--adapter", help="a directory with expert_cfg.json and .safetensors, or a hub name"
+        "--adapter",
+        action="append",
+        default=[],
+        help="an adapter over the base, a directory or a hub name; may be given several times",
     )
+    parser.add_argument("--base", action="store_true", help="beside adapters, the base alone, too")
     parser.add_argument(
         "--task",
+        action="append",
         choices=TASKS,
         required=True,
-        help="exact: the completion is one of the answers; intent: ESFT's intent task, "
-        "JSON compared; "
-        "loss: mean cross-entropy of the answers in a chat file",
+        metavar="TASK",
+        help="a task of the list below; may be given several times, each with its --data",
+    )
+    parser.add_argument("--data", action="append", default=[], help="the task's file or folder")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a folder for results.json and one file of completions for each evaluation; or, for "
+        "a single one, that file, NAME.jsonl",
     )
     parser.add_argument(
-        "--data",
-        help="evaluation file: rows of prompt and raw_answers, for loss rows of messages or "
-        "of prompt and completion",
-    )
-    parser.add_argument(
-        "--output", help="where completions and scores are written, one line a sample"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=128, help="longest completion (default: 128)"
+        "--max_new_tokens", type=int, help="longest completion (default: the task's, 32 to 512)"
     )
     parser.add_argument(
         "--batch_size", type=int, default=64, help="prompts decoded together (default: 64)"
@@ -329,55 +1523,65 @@ def main() -> None:
         "--chat_format",
         choices=CHAT_FORMATS,
         default="",
-        help="how messages become text, for task loss (default: that of the model's family)",
+        metavar="FORMAT",
+        help=f"how questions become prompts: {', '.join(CHAT_FORMATS)} (default: that of the "
+        "model's family)",
     )
-    parser.add_argument("--limit", type=int, help="only the first so many rows")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="questions without the chat format, for base models that were not trained to chat",
+    )
+    parser.add_argument("--limit", type=int, help="only the first so many examples of each task")
+    parser.add_argument("--judge_url", help="an OpenAI-compatible endpoint, as https://HOST/v1")
+    parser.add_argument("--judge_model", help="the judge's name there")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        default="",
-        help="(default: bfloat16 on a GPU, float32 on a CPU)",
+        help="of weights and activations (default: bfloat16 on a GPU, float32 on a CPU)",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program for options that do not go together."""
     if args.model and not (args.data and args.output):
         parser.error("--model needs --data and --output")
-    if args.rescore and (TASKS[args.task] is None or args.limit or args.data):
-        parser.error("--rescore takes no --data, no --limit, and no task loss")
+    if args.model and len(args.data) != len(args.task):
+        parser.error(f"{len(args.task)} --task, {len(args.data)} --data; each task needs its data")
+    if args.rescore:
+        if len(args.task) > 1 or TASKS[args.task[0]].kind == "loss":
+            parser.error("--rescore takes one task, not loss")
+        if TASKS[args.task[0]].kind == "judged" and not args.judge_url:
+            parser.error(f"--rescore of {args.task[0]} needs --judge_url and --judge_model")
+        for name in ("data", "adapter", "limit", "base", "plain"):
+            if getattr(args, name):
+                parser.error(f"--rescore takes no --{name}")
+    if bool(args.judge_url) != bool(args.judge_model):
+        parser.error("--judge_url and --judge_model go together")
     for name in ("max_new_tokens", "batch_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; must be at least 1")
+    if not args.device:
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        args.device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    check_arguments(parser, args)
     try:
-        if args.output:
-            check_output_file(args.output, [args.data or args.rescore])
-        if args.rescore:
-            result, equal = rescore(args.rescore, args.task)
-        else:
-            base = local_directory(args.model)
-            if args.adapter:
-                args.adapter = local_directory(args.adapter, "adapter")
-            ModelConfig.from_json(base / "config.json")  # refuses what is not supported
-            tokenizer = load_tokenizer(base, args.chat_format)
-            check_file(args.task, args.data, tokenizer)
-            dtype = choose_dtype(args.dtype, args.device)
-            model = load_model(base, args.device, dtype, args.adapter)
-            sizes = args.max_new_tokens, args.batch_size, args.limit
-            result = evaluate(model, tokenizer, args.task, args.data, *sizes)
-        if args.output:
-            write_records(args.output, result.records)
-    except (ValueError, OSError) as error:
+        rescore_command(args) if args.rescore else run(args)
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; nothing was written") from None
-    perplexity = f" (perplexity {math.exp(result.mean):.3f})" if args.task == "loss" else ""
-    print(f"{args.task}: {result.mean:.4f} over {result.count} {result.unit}{perplexity}")
-    if args.rescore:
-        print(f"{equal} of {result.count} scores equal the saved ones")
-    if args.output:
-        print(f"wrote {args.output}")
-        if args.task != "loss":
-            print(f"next: python eval.py --rescore {args.output} --task {args.task}")
+        raise SystemExit("stopped; the same command continues") from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -548,18 +549,18 @@ class LatentAttention(nn.Module):
     def attend_latent(
         self, q_nope: Tensor, q_rope: Tensor, past: Tensor, positions: Tensor
     ) -> Tensor:
-        """Attention in the space of the latent: the up-projections of keys and values are applied
-        to the query and to the result instead of to every token seen (DeepSeek-V2, section
-        2.1.2)."""
+        """Attention of one token a row in the space of the latent: the up-projections of keys and
+        values are applied to the query and to the result instead of to every token seen
+        (DeepSeek-V2, section 2.1.2). positions (B, 1) -> (B, 1, H * v)."""
         up = effective_weight(self.kv_b_proj).view(self.heads, -1, self.latent)
         w_k, w_v = up.split([self.nope, self.v], 1)
-        q = torch.cat([torch.einsum("bthn,hnc->bhtc", q_nope, w_k), q_rope.transpose(1, 2)], -1)
-        keys = past.unsqueeze(1)  # (B, 1, length, C + R)
-        scores = (q @ keys.mT).float() * self.scale  # (B, H, T, length)
-        unseen = torch.arange(past.shape[1], device=past.device) > positions[:, None, :, None]
+        q = torch.cat([torch.einsum("bhn,hnc->bhc", q_nope[:, 0], w_k), q_rope[:, 0]], -1)
+        # One product for all heads of a row; broadcasting over heads would copy the cache for each.
+        scores = torch.bmm(q, past.mT).float() * self.scale  # (B, H, length)
+        unseen = torch.arange(past.shape[1], device=past.device) > positions[:, None]
         weights = scores.masked_fill(unseen, -torch.inf).softmax(-1).to(past.dtype)
-        out = weights @ keys[..., : self.latent]  # (B, H, T, C)
-        return torch.einsum("bhtc,hvc->bthv", out, w_v).flatten(2)
+        out = torch.bmm(weights, past[..., : self.latent])  # (B, H, C)
+        return torch.einsum("bhc,hvc->bhv", out, w_v).flatten(1)[:, None]
 
 
 class MLP(nn.Module):
@@ -573,6 +574,28 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# Up to here a step waits for the weights of the experts, not for arithmetic.
+FEW_TOKENS = 128
+
+
+def compiling_for_few(x: Tensor) -> bool:
+    """Whether torch.compile reads this for few tokens x (N, D), as in decoding: then comparisons
+    and sums that melt into one kernel beat the library's kernels, of which each is waited for."""
+    return torch.compiler.is_compiling() and len(x) <= FEW_TOKENS
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """scores (N, E) -> the indices of the largest (N, count), largest first."""
+    if not compiling_for_few(scores):
+        return scores.topk(count, -1).indices
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None, :]
+    ahead = ((other > mine) | ((other == mine) & (ids < ids[:, None]))).sum(-1)  # (N, E)
+    place = torch.arange(count, device=scores.device)[:, None]
+    indices = ((ahead[:, None] == place) * ids).sum(-1)
+    return indices.clamp(max=len(ids) - 1)  # of NaN: any, but one that is there
 
 
 class Gate(nn.Module):
@@ -600,7 +623,10 @@ class Gate(nn.Module):
         """x (N, D) -> weights (N, K) float32, indices (N, K) int64, scores (N, E) float32."""
         c = self.config
         # In float32: near ties decide the routing.
-        logits = F.linear(x.float(), self.weight.float())
+        if compiling_for_few(x):
+            logits = (x[:, None].float() * self.weight.float()).sum(-1)
+        else:
+            logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
         choice = scores
         if c.topk_method == "noaux_tc":  # the bias chooses, the score without it weighs
@@ -612,7 +638,7 @@ class Gate(nn.Module):
             kept = best.topk(c.topk_group, -1).indices  # (N, topk_group)
             dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
             choice = groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
-        indices = choice.topk(c.num_experts_per_tok, -1).indices
+        indices = largest(choice, c.num_experts_per_tok)
         weights = scores.gather(1, indices)
         if c.normalises_gates:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -655,6 +681,8 @@ def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Ten
 def experts_grouped(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """The same as `experts_loop`, as grouped products over the stacked experts. A frozen expert
     costs neither a saved input nor a weight gradient."""
+    if x.is_cuda and len(x) <= FEW_TOKENS and not moe.has_lora and not torch.is_grad_enabled():
+        return experts_for_few(moe, x, weights, indices)
     order, inverse, ends = sort_by_expert(indices, len(moe.experts))
     if moe.has_lora:
         return experts_with_lora(moe, x, weights, order, inverse, ends)
@@ -665,6 +693,25 @@ def experts_grouped(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
     return GroupedExperts.apply(
         x, weights, order, inverse, ends, moe.gate_up, moe.down, trained, *parameters
     )
+
+
+def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """What `experts_grouped` returns, without gradients and without sorting the slots."""
+    (N, K), E = indices.shape, len(moe.experts)
+    if N * K < E and compiling_for_few(x):
+        # Compiled, the gathered weights are never written: they go from memory into the sums.
+        h = (moe.gate_up[indices].float() * x[:, None, None].float()).sum(-1)  # (N, K, 2I)
+        gate, up = h.chunk(2, -1)
+        act = (F.silu(gate) * up)[:, :, None]  # (N, K, 1, I)
+        act = act.as_strided(act.shape, act.stride())  # written once, not computed in each sum
+        out = (moe.down[indices].float() * act).sum(-1)  # (N, K, D)
+        return (out * weights[..., None]).sum(1).to(x.dtype)
+    # Every expert for every token: all weights are read once, as they would be anyway.
+    chosen = weights.new_zeros(N, E).scatter_(1, indices, weights).T[..., None]  # (E, N, 1)
+    h = torch.bmm(x.expand(E, -1, -1), moe.gate_up.mT)  # (E, N, 2I)
+    gate, up = h.float().chunk(2, -1)
+    act = torch.where(chosen != 0, F.silu(gate) * up * chosen, 0)  # no inf * 0 where not chosen
+    return torch.bmm(act.to(x.dtype), moe.down.mT).sum(0)
 
 
 def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
@@ -883,6 +930,14 @@ class Block(nn.Module):
         return x + y, loss
 
 
+@cache
+def compiled_block(tuned: bool) -> Callable:
+    """A block's forward, compiled for each shape: two graphs, one for dense and one for MoE layers,
+    serve all layers. `tuned` tries sizes for each kernel: half a minute more."""
+    options = {"coordinate_descent_tuning": True} if tuned else None
+    return torch.compile(Block.forward, dynamic=False, options=options)
+
+
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -912,12 +967,17 @@ class Transformer(nn.Module):
         balance: bool = False,
         checkpointing: bool = False,
         documents: Tensor | None = None,
+        compiled: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """tokens (B, T) -> normalised final states (B, T, D), and with `balance` the balance loss
         (B,) summed over layers. `checkpointing` keeps only the input of each block and runs it
         again in backward. With a cache, rows go on after the tokens they have seen. `documents`
         (B, T), on the CPU, ascending in a row: tokens see only those of their own document, and
-        positions begin anew with each."""
+        positions begin anew with each. `compiled` runs the blocks through torch.compile."""
+        run_block = Block.__call__
+        if compiled:  # tuning gains a tenth where the weights of few experts are summed up
+            few = tokens.numel() * self.config.num_experts_per_tok < self.config.n_routed_experts
+            run_block = compiled_block(tuned=few)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.model.embed_tokens(tokens)
         groups = None
@@ -933,10 +993,10 @@ class Transformer(nn.Module):
             past = cache.layers[i] if cache is not None else None
             if checkpointing:
                 x, loss = checkpoint(
-                    block, x, rope, past, positions, groups, balance, use_reentrant=False
+                    run_block, block, x, rope, past, positions, groups, balance, use_reentrant=False
                 )
             else:
-                x, loss = block(x, rope, past, positions, groups, balance)
+                x, loss = run_block(block, x, rope, past, positions, groups, balance)
             if loss is not None:
                 losses.append(loss)
         if cache is not None:

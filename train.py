@@ -47,7 +47,7 @@ from data import (
     rows_of_step,
     sample_tokens,
 )
-from eval import TASKS, check_file, evaluate, write_records
+from eval import TASKS, Ask, evaluate, read_examples, write_records
 from model import (
     EXPERT_PATHS,
     ModelConfig,
@@ -517,8 +517,16 @@ def identity(config: TrainConfig, base_fingerprint: str) -> dict:
     keys["eval_sets"] = list(config.eval_sets)
     keys["fingerprint of model"] = base_fingerprint
     for path in input_files(config):
-        keys[f"sha256 of {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        keys[f"sha256 of {path}"] = content_hash(Path(path))
     return keys
+
+
+def content_hash(path: Path) -> str:
+    """Of a file, or of all files of a folder (as some evaluations read)."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def check_output(config: TrainConfig, mine: dict) -> None:
@@ -763,7 +771,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     rows, held_out = prepare_rows(config, samples, tokenizer)
     for entry in config.eval_sets:
         task, _, path = entry.partition(":")
-        check_file(task, path, tokenizer)
+        read_examples(path, task, Ask(tokenizer))
     if config.expert_config:
         given = read_expert_cfg(config.expert_config, meta.config)
         if not trained_parameters(meta, given):

@@ -127,35 +127,35 @@ def test_command_line_writes_the_published_shape_and_rescores_it(
     monkeypatch.setattr("sys.argv", ["eval.py", "--rescore", str(output), "--task", "exact"])
     evaluation.main()
     printed = capsys.readouterr().out
-    assert "exact: 0.3333 over 3 samples" in printed and "2 of 3 scores equal" in printed
+    assert "exact: accuracy 0.3333 over 3 samples" in printed and "2 of 3 scores equal" in printed
 
 
 def test_prompts_begin_with_the_begin_of_sequence(checkpoint, eval_file, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        evaluation, "generate", lambda model, prompts, *_: seen.extend(prompts) or prompts
-    )
+
+    def echo(model, prompts, *_):
+        seen.extend(prompts)
+        yield range(len(prompts)), prompts
+
+    monkeypatch.setattr(evaluation, "generate_batches", echo)
     tokenizer = load_tokenizer(checkpoint)
     result = evaluation.evaluate(load_model(checkpoint), tokenizer, "exact", eval_file)
     assert [prompt[0] for prompt in seen] == [tokenizer.bos_id] * 3
     assert [tokenizer.decode(p) for p in seen] == [r["example"]["prompt"] for r in result.records]
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
-    arguments = [
-        "eval.py",
-        "--model",
-        "none",
-        "--task",
-        "exact",
-        "--data",
-        "none",
-        "--output",
-        str(tmp_path),
-    ]
-    monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(SystemExit, match="is a directory; a file name is required"):
-        evaluation.main()
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "folder.jsonl").mkdir()
+    for output, message in (
+        ("taken", "is a file; a folder, or NAME.jsonl, is required"),
+        ("folder.jsonl", "is a directory; a file name is required"),
+    ):
+        arguments = ["--model", "none", "--task", "exact", "--data", "none"]
+        arguments += ["--output", str(tmp_path / output)]
+        monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+        with pytest.raises(SystemExit, match=message):
+            evaluation.main()
 
 
 def test_an_output_that_is_an_input_is_refused(eval_file, monkeypatch):
@@ -212,7 +212,7 @@ def test_loss_task_equals_transformers(tmp_path, chat_file):
 def test_bad_rows(row, task, message, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=f"bad.jsonl: {message}"):
-        read_examples(tmp_path / "bad.jsonl", task)
+        read_examples(tmp_path / "bad.jsonl", task, ask=None)
 
 
 @pytest.mark.parametrize("field, value", [("model_type", "deepseek_v32"), ("vocab_size", None)])

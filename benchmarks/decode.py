@@ -1,0 +1,165 @@
+"""Greedy decoding of the DeepSeek-V2-Lite shape: new tokens per second, beside transformers.
+
+    python benchmarks/decode.py           # a GPU with 80 GB
+    python benchmarks/decode.py --tiny    # the same code on a CPU, in seconds
+
+Random bfloat16 weights, the same in both models; random prompts of 512 tokens, 128 new ones. Timed is
+the decoding, without the prompts' pass: seconds for 128 new tokens less seconds for one, over 127.
+Ours with the step as it is and compiled, both captured in a CUDA graph; transformers'
+`generate` with its fastest experts. Prints its conditions, a table, and one JSON line."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval import Decoder  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+from v2_lite import TINY, V2_LITE, random_model  # noqa: E402
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(run, device: str, repeats: int) -> float:
+    """Median, after one run of burn-in."""
+    times = []
+    for _ in range(1 + repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+@torch.inference_mode()
+def ours(model: Transformer, prompts: list, new: int, compiled: bool, device: str) -> dict:
+    """Seconds a step, for the prompts, and until the decoder was ready."""
+    start = time.perf_counter()
+    # No token ends a row here: the id that would is never chosen (it is none).
+    decoder = Decoder(
+        model, len(prompts), len(prompts[0]) + new, new, model.config.vocab_size - 1, compiled
+    )
+    synchronise(device)
+    ready = time.perf_counter() - start
+    prefill = seconds_of(lambda: decoder.prefill(prompts), device, 3)
+
+    def steps():
+        for _ in range(new - 1):
+            decoder.step()
+
+    def both():
+        decoder.prefill(prompts)
+        steps()
+
+    total = seconds_of(both, device, 3)
+    return {"step": (total - prefill) / (new - 1), "prefill": prefill, "ready": ready}
+
+
+def transformers_model(model: Transformer, fields: dict, device: str):
+    """transformers' model with our weights."""
+    import transformers
+
+    with torch.device("meta"):
+        theirs = transformers.DeepseekV2ForCausalLM(
+            transformers.DeepseekV2Config(
+                **fields, q_lora_rank=None, max_position_embeddings=163840
+            )
+        )
+    theirs = theirs.to(torch.bfloat16).to_empty(device=device).eval()
+    own = model.state_dict()
+    for layer, block in enumerate(model.model.layers):
+        if hasattr(block.mlp, "experts"):
+            own[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = block.mlp.gate_up
+            own[f"model.layers.{layer}.mlp.experts.down_proj"] = block.mlp.down
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(own[name])
+    # to_empty left the tables of the rotary positions uninitialised.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
+    if device == "cuda":
+        theirs.set_experts_implementation("grouped_mm")
+    return theirs
+
+
+@torch.inference_mode()
+def transformers_step(theirs, prompts: list, new: int, device: str) -> float:
+    tokens = torch.tensor(prompts, device=device)
+
+    def run(count: int):
+        return theirs.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=0,
+        )
+
+    one = seconds_of(lambda: run(1), device, 1)
+    return (seconds_of(lambda: run(new), device, 1) - one) / (new - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
+    )
+    parser.add_argument("--skip_transformers", action="store_true", help="time ours alone")
+    args = parser.parse_args()
+    device = "cpu" if args.tiny else "cuda"
+    name = "CPU" if args.tiny else torch.cuda.get_device_name()
+    context, new, batches = (16, 4, (1, 3)) if args.tiny else (512, 128, (1, 16, 64))
+    fields = V2_LITE | TINY if args.tiny else V2_LITE
+    model = random_model(ModelConfig(**fields), device)
+    theirs = None if args.skip_transformers else transformers_model(model, fields, device)
+    print(f"{name}, torch {torch.__version__}, bfloat16, context {context}, {new} new tokens")
+    print(
+        f"{'batch':>5} {'who':<22} {'ms a step':>10} {'tokens/s':>9} {'prompts s':>9} {'ready s':>8}"
+    )
+    results = []
+
+    def report(batch: int, who: str, step: float, prefill: float = 0.0, ready: float = 0.0):
+        row = {
+            "batch": batch,
+            "who": who,
+            "ms_a_step": round(step * 1e3, 3),
+            "tokens_per_second": round(batch / step),
+            "prefill_s": round(prefill, 3),
+            "ready_s": round(ready, 1),
+        }
+        results.append(row)
+        print(
+            f"{batch:>5} {who:<22} {row['ms_a_step']:>10} {row['tokens_per_second']:>9,} "
+            f"{row['prefill_s']:>9} {row['ready_s']:>8}",
+            flush=True,
+        )
+
+    for batch in batches:
+        prompts = torch.randint(0, fields["vocab_size"] - 1, (batch, context)).tolist()
+        for compiled in (False,) if device == "cpu" else (False, True):
+            who = "ours, compiled" if compiled else "ours"
+            report(batch, who, **ours(model, prompts, new, compiled, device))
+        if theirs is not None:
+            report(batch, "transformers", transformers_step(theirs, prompts, new, device))
+    print(
+        json.dumps(
+            {"benchmark": "decode", "device": name, "torch": torch.__version__, "results": results}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
