@@ -127,7 +127,8 @@ def generate_batches(
         for batch in batches:
             if decoder is None or not on_gpu:  # a GPU keeps one, whose step is captured
                 longest = len(prompts[order[-1] if on_gpu else batch[-1]])
-                sizes = len(batch), longest + max_new_tokens, max_new_tokens
+                length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
+                sizes = len(batch), length, max_new_tokens
                 decoder = Decoder(model, *sizes, eos_id, compiled)
             rows = decoder([prompts[i] for i in batch])
             new += sum(map(len, rows))
@@ -687,8 +688,11 @@ class Judge:
     key: str
     replies: Path
     known: dict[str, str] = field(default_factory=dict)  # digest of model and text -> reply
+    failed: bool = False  # whether a try has failed, which is said once
 
     def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"judge_url is {self.url!r}; must begin with http:// or https://")
         if self.replies.exists():
             for line in self.replies.read_text(encoding="utf-8").splitlines():
                 try:
@@ -739,14 +743,17 @@ class Judge:
             try:
                 return self.request(text)
             except urllib.error.HTTPError as error:
-                reason = error.read(300).decode(errors="replace")
+                reason = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    raise JudgeError(f"{self.url}: HTTP {error.code}: {reason}") from None
+                    raise JudgeError(f"{self.url}: {reason}") from None
                 after = error.headers.get("Retry-After", "")
                 if pause is not None and after.isdecimal():
                     pause = max(pause, min(int(after), 600))
-            except (OSError, http.client.HTTPException, ValueError):  # cut, slow, or nonsense
-                pass
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}"  # cut, slow, or nonsense
+            if not self.failed:
+                self.failed = True
+                print(f"judge: {self.url}: {reason}; such requests are tried again", flush=True)
             if pause is None or stop.wait(pause):
                 return None
 

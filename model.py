@@ -934,6 +934,8 @@ class Block(nn.Module):
 def compiled_block(tuned: bool) -> Callable:
     """A block's forward, compiled for each shape: two graphs, one for dense and one for MoE layers,
     serve all layers. `tuned` tries sizes for each kernel: half a minute more."""
+    # One for each shape that is decoded; from the default of 8 on they would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     options = {"coordinate_descent_tuning": True} if tuned else None
     return torch.compile(Block.forward, dynamic=False, options=options)
 

@@ -10,12 +10,13 @@ from conftest import SHARED, save_with_transformers
 import eval as evaluation
 from data import load_tokenizer
 from eval import generate, read_examples, rescore, score_exact, score_intent
-from model import load_model
+from model import MoE, experts_for_few, experts_loop, largest, load_model
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_greedy_decoding_equals_transformers_for_any_batch(seed, tmp_path):
-    oracle = save_with_transformers(tmp_path, seed)
+def test_greedy_decoding_equals_transformers_for_any_batch(seed, family, tmp_path, monkeypatch):
+    oracle = save_with_transformers(tmp_path, seed, family=family)
     model = load_model(tmp_path, dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, 96, (n,), generator=draw).tolist() for n in (1, 4, 9, 30, 4, 17)]
@@ -38,6 +39,53 @@ def test_greedy_decoding_equals_transformers_for_any_batch(seed, tmp_path):
     assert len({len(row) for row in expected}) > 1
     for batch_size in (1, 3, 6):
         assert generate(model, prompts, 12, eos_id, batch_size) == expected
+    monkeypatch.setattr(
+        evaluation, "PREFILL_TOKENS", 40
+    )  # the prompts of a batch in several passes
+    assert generate(model, prompts, 12, eos_id) == expected
+
+
+def random_moe(directory, family: str = "deepseek_v2") -> MoE:
+    save_with_transformers(directory, seed=3, family=family)
+    model = load_model(directory, dtype=torch.float32)
+    return next(block.mlp for block in model.model.layers if isinstance(block.mlp, MoE))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@torch.no_grad()
+def test_the_paths_of_few_tokens_equal_the_loop(family, rows, tmp_path):
+    """As they are and as torch.compile reads them, in which the gate chooses otherwise, too."""
+    moe = random_moe(tmp_path, family)
+    x = torch.randn(rows, moe.down.shape[1], generator=torch.Generator().manual_seed(rows))
+    weights, indices, _ = moe.gate(x)
+    expected = experts_loop(moe, x, weights, indices)
+
+    def few(x):
+        weights, indices, _ = moe.gate(x)
+        return experts_for_few(moe, x, weights, indices), indices
+
+    for run in (few, torch.compile(few, backend="eager", dynamic=False)):
+        got, chosen = run(x)
+        torch.testing.assert_close(got, expected)
+        assert torch.equal(chosen, indices)
+
+
+def test_the_largest_as_the_compiler_reads_it():
+    scores = torch.tensor([[1.0, 3.0, 2.0, 3.0, -torch.inf], [torch.nan] * 5])
+    compiled = torch.compile(largest, backend="eager", dynamic=False)(scores, 3)
+    assert compiled[0].tolist() == [1, 3, 2]  # of equals the first
+    assert compiled[1].max() < 5  # an expert that is there
+
+
+@torch.no_grad()
+def test_an_expert_that_is_not_chosen_cannot_spoil_the_others(tmp_path):
+    moe = random_moe(tmp_path)
+    moe.gate_up[2] = 1e30  # its activation overflows
+    x = torch.ones(3, moe.down.shape[1])
+    indices, weights = torch.tensor([[0, 1]]).expand(3, -1), torch.full((3, 2), 0.5)
+    expected = experts_loop(moe, x, weights, indices)
+    torch.testing.assert_close(experts_for_few(moe, x, weights, indices), expected)
 
 
 def test_an_empty_prompt_is_refused(checkpoint):

@@ -1,0 +1,219 @@
+"""A run of several tasks over a base and its adapters: what it writes, that it continues where it
+stopped, and that several processes give the same files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import eval as evaluation
+from model import load_model, mark_trainable, save_adapter
+
+TASKS = ("exact", "loss", "choice", "summary")
+
+
+@pytest.fixture
+def data(tmp_path, chat_file):
+    """A file for each of TASKS."""
+    words = ["ab", "cd", "efg", "h", "ijkl", "mn", "op"]
+    answers = [{"prompt": f"User: Repeat: {w}\n\nAssistant:", "raw_answers": [w]} for w in words]
+    choices = [{"prompt": f"{w} is", "choices": ["yes", w], "answer": 1} for w in words]
+    files = {"loss": chat_file}
+    for task, rows in (("exact", answers), ("summary", answers), ("choice", choices)):
+        files[task] = tmp_path / f"{task}.data.jsonl"
+        files[task].write_text("\n".join(map(json.dumps, rows)))
+    return files
+
+
+@pytest.fixture
+def adapters(checkpoint, tmp_path):
+    """Two adapters that change the base a lot, in directories as train.py names them."""
+    paths = []
+    for seed, name in enumerate(("first", "second")):
+        model = load_model(checkpoint, dtype=torch.float32)
+        cfg = {
+            "experts": {"1": [seed, 3], "2": [5]},
+            "shared_experts": False,
+            "non_expert_modules": False,
+        }
+        mark_trainable(model, cfg)
+        draw = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.normal_(std=1.0, generator=draw)
+        paths.append(tmp_path / name / "adapter")
+        save_adapter(model, cfg, paths[-1])
+    return paths
+
+
+def arguments(checkpoint, data, output, *more, tasks=TASKS) -> list[str]:
+    named = [a for task in tasks for a in ("--task", task, "--data", str(data[task]))]
+    sizes = ["--max_new_tokens", "5", "--batch_size", "2", "--device", "cpu"]
+    return ["--model", str(checkpoint), *named, "--output", str(output), *sizes, *map(str, more)]
+
+
+def run(monkeypatch, *args) -> None:
+    monkeypatch.setattr("sys.argv", ["eval.py", *args])
+    evaluation.main()
+
+
+def files(folder) -> dict[str, list]:
+    """The content of each file. Log-likelihoods may differ by rounding where other rows share a
+    batch; all else must be the same."""
+
+    def rounded(value):
+        if isinstance(value, float):
+            return pytest.approx(value, rel=1e-5)
+        if isinstance(value, dict):
+            return {name: rounded(v) for name, v in value.items()}
+        return [rounded(v) for v in value] if isinstance(value, list) else value
+
+    contents = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+    whole = {name: text for name, text in contents.items() if name.endswith(".json")}
+    lines = {name: text.split("\n")[:-1] for name, text in contents.items() if name not in whole}
+    parsed = {name: json.loads(text) for name, text in whole.items()}
+    parsed |= {name: [json.loads(line) for line in text] for name, text in lines.items()}
+    return {name: rounded(value) for name, value in parsed.items()}
+
+
+def test_one_load_serves_base_and_adapters(
+    checkpoint, data, adapters, tmp_path, monkeypatch, capsys
+):
+    loads = []
+    monkeypatch.setattr(
+        evaluation, "load_model", lambda *args: loads.append(args) or load_model(*args)
+    )
+    both = [a for path in adapters for a in ("--adapter", path)]
+    run(monkeypatch, *arguments(checkpoint, data, tmp_path / "all", "--base", *both))
+    assert len(loads) == 1
+    printed = capsys.readouterr().out
+    table = printed[printed.index("\n\n") :].splitlines()[2:6]
+    assert table[0].split() == (
+        "exact (accuracy) loss (loss) choice (accuracy) summary (reference loss) average".split()
+    )
+    assert [line.split()[0] for line in table[1:]] == ["base", "first", "second"]
+    assert "no judge was asked" in printed
+
+    results = json.loads((tmp_path / "all/results.json").read_text())
+    assert len(results) == 12 and results["base loss"]["metrics"].keys() == {
+        "loss",
+        "token accuracy",
+    }
+    losses = [results[f"{name} loss"]["metrics"]["loss"] for name in ("base", "first", "second")]
+    assert len(set(losses)) == 3
+    # Each alone gives the same files.
+    for name, more in (("base", []), ("second", ["--adapter", adapters[1]])):
+        run(monkeypatch, *arguments(checkpoint, data, tmp_path / name, *more))
+        together = files(tmp_path / "all")
+        for file, content in files(tmp_path / name).items():
+            if file != "results.json":
+                assert together[file] == content
+    rows = (tmp_path / "all/first.choice.jsonl").read_text().splitlines()
+    assert len(rows) == 7 and set(json.loads(rows[0])) == {"example", "score", "score_normalised"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_interrupted_run_continues(task, checkpoint, data, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *arguments(checkpoint, data, tmp_path / "whole", tasks=[task]))
+    kind = evaluation.TASKS[task].kind
+    predict, asked = evaluation.PREDICTIONS[kind], []
+
+    def predict_two(model, ask, examples, *sizes):
+        for number, answered in enumerate(predict(model, ask, examples, *sizes)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield answered
+
+    def predict_rest(model, ask, examples, *sizes):
+        asked.extend(examples)
+        return predict(model, ask, examples, *sizes)
+
+    monkeypatch.setitem(evaluation.PREDICTIONS, kind, predict_two)
+    args = arguments(checkpoint, data, tmp_path / "cut", tasks=[task])
+    with pytest.raises(SystemExit, match="stopped; the same command continues"):
+        run(monkeypatch, *args)
+    (part,) = (tmp_path / "cut").glob("*.part")
+    with open(part, "a") as file:
+        file.write('{"number": 2, "example": {"pro')  # a kill in the middle of a line
+    monkeypatch.setitem(evaluation.PREDICTIONS, kind, predict_rest)
+    run(monkeypatch, *args)
+    total = 40 if task == "loss" else 7
+    assert len(asked) == total - 2
+    assert f"base {task}: 2 of {total} answered before" in capsys.readouterr().out
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+    asked.clear()
+    run(monkeypatch, *args)  # a third time: nothing is left to ask
+    assert not asked and files(tmp_path / "cut") == files(tmp_path / "whole")
+    run(monkeypatch, *args, "--max_new_tokens", "4")  # what others made is not continued
+    assert len(asked) == total
+
+
+def test_a_part_of_other_settings_is_begun_anew(checkpoint, data, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "base.exact.jsonl.rank0.part").write_text('{"task": "exact"}\n{"number": 0}\n')
+    run(monkeypatch, *arguments(checkpoint, data, output, tasks=["exact"]))
+    assert "of another evaluation; begun anew" in capsys.readouterr().out
+    assert sorted(files(output)) == ["base.exact.jsonl", "results.json"]
+
+
+def test_processes_share_the_examples_and_write_the_same_files(
+    checkpoint, data, adapters, tmp_path, monkeypatch
+):
+    more = ["--base", "--adapter", adapters[0]]
+    run(monkeypatch, *arguments(checkpoint, data, tmp_path / "one", *more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(ROOT / "eval.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += arguments(checkpoint, data, tmp_path / "two", *more)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("base exact: accuracy") == 1  # one process speaks
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--task", "exact"], "2 --task, 1 --data; each task needs its data"),
+        (["--judge_url", "http://h/v1"], "--judge_url and --judge_model go together"),
+        (["--limit", "0"], "--limit is 0; must be at least 1"),
+        (["--task", "nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    change, message, checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    args = arguments(checkpoint, data, tmp_path / "out", *change, tasks=["exact"])
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *args)
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_bad_adapter_or_file_is_refused_before_the_base_is_loaded(
+    checkpoint, data, adapters, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("loaded"))
+    next(adapters[1].glob("*.safetensors")).unlink()
+    both = [a for path in adapters for a in ("--adapter", path)]
+    with pytest.raises(SystemExit, match="second/adapter: an adapter needs a .safetensors file"):
+        run(monkeypatch, *arguments(checkpoint, data, tmp_path / "out", *both))
+    data["choice"].write_text('{"prompt": "a", "choices": ["b"], "answer": 0}')
+    with pytest.raises(SystemExit, match="line 1: field choices is .*list of strings of at least"):
+        run(monkeypatch, *arguments(checkpoint, data, tmp_path / "out"))
+    with pytest.raises(SystemExit, match="for several evaluations, name a folder"):
+        run(monkeypatch, *arguments(checkpoint, data, tmp_path / "a.jsonl", tasks=["exact"] * 2))
+
+
+def test_a_limit_takes_the_first(checkpoint, data, tmp_path, monkeypatch):
+    output = tmp_path / "look.jsonl"
+    args = arguments(checkpoint, data, output, "--limit", "3", tasks=["exact"])
+    run(monkeypatch, *args)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["example"]["raw_answers"] for row in rows] == [["ab"], ["cd"], ["efg"]]
+    assert (tmp_path / "look.results.json").exists()
