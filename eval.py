@@ -296,13 +296,12 @@ def by_row(read: Callable[[dict, str, Ask], dict]) -> Callable[[str | Path, Ask]
     return lambda path, ask: [read(row, where, ask) for where, row in read_rows(path)]
 
 
-def required(row: dict, name: str, kind: type, where: str):
-    """A field of a row. Raises ValueError that says what is required."""
+def required(row: dict, name: str, kind, where: str):
+    """A field of a row: an object (dict) or a number (float | int). Raises ValueError."""
     value = row.get(name)
-    if kind is str:
-        return text_field(row, name, where)
-    if not isinstance(value, kind) or not value:
-        raise ValueError(f"{where}: field {name} is {value!r:.60}; a {kind.__name__} is required")
+    if not isinstance(value, kind):
+        needed = {dict: "an object"}.get(kind, "a number")
+        raise ValueError(f"{where}: field {name} is {value!r:.60}; {needed} is required")
     return value
 
 
@@ -1160,7 +1159,7 @@ class Evaluation:
             if read_line(first) != self.identity:
                 continue
             for row in map(read_line, lines):
-                if row is not None:
+                if isinstance(row, dict) and row.get("number") in range(len(self.examples)):
                     found[row["number"]] = row["example"]
         return found
 
@@ -1169,10 +1168,11 @@ class Evaluation:
         entry = results.get(f"{self.variant} {self.column}", {})
         if entry.get("identity") != self.identity or not self.file.is_file():
             return None
-        lines = self.file.read_text(encoding="utf-8").split("\n")
-        if len(lines) - 1 != len(self.examples):
+        try:
+            rows = [check_saved(row, self.task, at) for at, row in read_rows(self.file)]
+        except ValueError:  # somebody edited it
             return None
-        return [json.loads(line)["example"] for line in lines[:-1]]
+        return rows if len(rows) == len(self.examples) else None
 
 
 def read_line(line: str):
@@ -1193,7 +1193,7 @@ def complete(
         for path in e.parts():
             with open(path, encoding="utf-8") as file:
                 if read_line(file.readline()) != e.identity:
-                    print(f"{path}: of another evaluation; begun anew")
+                    print(f"{path}: of other settings or data; begun anew", flush=True)
                     path.unlink()
     ranks.wait()
     done = e.answered()
@@ -1424,16 +1424,21 @@ def finish(
 # Saved completions
 
 
-def check_saved(example: dict, task: str, where: str) -> dict:
-    """A saved example with what its score needs. Raises ValueError that names line and field."""
-    kind = TASKS[task].kind
+def check_saved(row: dict, task: str, where: str) -> dict:
+    """The example of a saved row, with what its score needs. Raises ValueError that names line and
+    field."""
+    example, kind = required(row, "example", dict, where), TASKS[task].kind
     read_intent(example, where) if task == "intent" else read_answers(example, where)
-    text_field(example, "raw_prediction", where)
+    numbers = ["loss", "accuracy", "tokens"] if kind == "loss" else []
+    if "reference_tokens" in example:  # not in other programs' files
+        numbers = ["reference_loss", "reference_accuracy", "reference_tokens"]
+    for name in numbers:
+        required(example, name, float | int, where)
+    texts = ["raw_prediction"] if kind != "loss" else []
+    for name in texts + (["code", "entry_point", "test"] if kind == "code" else []):
+        text_field(example, name, where)
     if task == "gsm8k" and final_number(example["raw_answers"][0]) is None:
         raise ValueError(f"{where}: field raw_answers[0] has no number")
-    if kind == "code":
-        for name in ("code", "entry_point", "test"):
-            text_field(example, name, where)
     if kind == "choice":
         choices, logs = text_list(example, "choices", where, 2), example.get("loglikelihoods")
         if (
@@ -1455,8 +1460,7 @@ def rescore(path: str | Path, task: str, judge: Judge | None = None) -> tuple[Re
     ValueError that names line and field."""
     examples, saved = [], []
     for where, row in read_rows(path):
-        example = required(row, "example", dict, where)
-        examples.append(check_saved(example, task, where))
+        examples.append(check_saved(row, task, where))
         saved.append(row.get("score"))
     result = score(task, examples, judge)
     return result, sum(r["score"] == s for r, s in zip(result.records, saved))

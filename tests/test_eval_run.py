@@ -158,7 +158,7 @@ def test_a_part_of_other_settings_is_begun_anew(checkpoint, data, tmp_path, monk
     output.mkdir()
     (output / "base.exact.jsonl.rank0.part").write_text('{"task": "exact"}\n{"number": 0}\n')
     run(monkeypatch, *arguments(checkpoint, data, output, tasks=["exact"]))
-    assert "of another evaluation; begun anew" in capsys.readouterr().out
+    assert "of other settings or data; begun anew" in capsys.readouterr().out
     assert sorted(files(output)) == ["base.exact.jsonl", "results.json"]
 
 
