@@ -127,8 +127,8 @@ def parse_json(text: str, where: str):
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     """(where, row) for every row of a file of JSON lines or of one JSON array, as it is or with
-    gzip (NAME.gz); `where` names file and line for error messages. Raises FileNotFoundError, or ValueError for a row that is not an
-    object."""
+    gzip (NAME.gz); `where` names file and line for error messages. Raises FileNotFoundError, or
+    ValueError for a row that is not an object."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
