@@ -401,26 +401,30 @@ def read_mbpp(row: dict, where: str, ask: Ask) -> dict:
     }
 
 
-def choice_example(prompt: str, choices: list[str], answer, where: str) -> dict:
-    """`answer`: which of the choices, by number from 0."""
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(
-            f"{where}: the answer is {answer!r}; it must be one of the {len(choices)} choices"
-        )
+def choice_example(prompt: str, choices: list[str], place, where: str, answer: str) -> dict:
+    """`place`: which of the choices is right, by number from 0; `answer`: what the row says of it,
+    for the error message."""
+    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(choices):
+        raise ValueError(f"{where}: {answer}; it must be one of the {len(choices)} choices")
     if empty := [c for c in choices if not c.strip()]:
         raise ValueError(f"{where}: a choice is {empty[0]!r}; it must not be empty")
-    return {"prompt": prompt, "raw_answers": [choices[answer]], "choices": choices}
+    return {"prompt": prompt, "raw_answers": [choices[place]], "choices": choices}
 
 
 def place_in(labels: list[str], label) -> int | None:
     return labels.index(label) if label in labels else None
 
 
+def stated(row: dict, name: str) -> str:
+    return f"field {name} is {row.get(name)!r:.60}"
+
+
 def read_choice(row: dict, where: str, ask: Ask) -> dict:
     """{"prompt", "choices", "answer"}, the answer by number from 0 or as the text of a choice."""
     choices, answer = text_list(row, "choices", where, least=2), row.get("answer")
-    answer = place_in(choices, answer) if isinstance(answer, str) else answer
-    return choice_example(text_field(row, "prompt", where), choices, answer, where)
+    place = place_in(choices, answer) if isinstance(answer, str) else answer
+    prompt = text_field(row, "prompt", where)
+    return choice_example(prompt, choices, place, where, stated(row, "answer"))
 
 
 def read_hellaswag(row: dict, where: str, ask: Ask) -> dict:
@@ -434,7 +438,8 @@ def read_hellaswag(row: dict, where: str, ask: Ask) -> dict:
     label = int(label) if isinstance(label, str) and label.isdecimal() else label
     activity, a, b = (text_field(row, name, where) for name in ("activity_label", "ctx_a", "ctx_b"))
     endings = [clean(ending) for ending in text_list(row, "endings", where, least=2)]
-    return choice_example(clean(f"{activity}: {a} {b.capitalize()}"), endings, label, where)
+    prompt = clean(f"{activity}: {a} {b.capitalize()}")
+    return choice_example(prompt, endings, label, where, stated(row, "label"))
 
 
 def read_arc(row: dict, where: str, ask: Ask) -> dict:
@@ -445,12 +450,16 @@ def read_arc(row: dict, where: str, ask: Ask) -> dict:
         question, choices = question.get("stem"), question.get("choices")
     if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
-    if not is_text(question) or not isinstance(choices, dict):
-        raise ValueError(f"{where}: field question is {row.get('question')!r:.60}; see ARC's files")
+    if not is_text(question):
+        raise ValueError(f"{where}: {stated(row, 'question')}; a string, or an object with stem")
+    if not isinstance(choices, dict):
+        raise ValueError(f"{where}: field choices is {choices!r:.60}; text and label are required")
     texts = text_list(choices, "text", f"{where}: choices", least=2)
     labels = text_list(choices, "label", f"{where}: choices", least=2)
-    answer = place_in(labels, row.get("answerKey"))
-    return choice_example(f"Question: {question}\nAnswer:", texts, answer, where)
+    if len(labels) != len(texts):
+        raise ValueError(f"{where}: choices: {len(texts)} of text, {len(labels)} of label")
+    place, prompt = place_in(labels, row.get("answerKey")), f"Question: {question}\nAnswer:"
+    return choice_example(prompt, texts, place, where, stated(row, "answerKey"))
 
 
 def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
@@ -459,8 +468,8 @@ def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
     text, target = text_field(row, "text", where), required(row, "target", dict, where)
     name, pronoun = (text_field(target, f"span{i}_text", where) for i in (1, 2))
     prompt = f"{text}\n问题：上文中的“{pronoun}”指的是“{name}”吗？\n答案："
-    answer = place_in(["true", "false"], str(row.get("label")).lower())
-    return choice_example(prompt, ["是", "不是"], answer, where)
+    place = place_in(["true", "false"], str(row.get("label")).lower())
+    return choice_example(prompt, ["是", "不是"], place, where, stated(row, "label"))
 
 
 def read_csv(path: Path, columns: int) -> list[tuple[str, list[str]]]:
@@ -510,8 +519,8 @@ def read_mmlu(folder: str | Path, ask: Ask) -> list[dict]:
         for _, cells in read_csv(Path(folder) / "dev" / f"{subject}_dev.csv", 6)[:5]:
             prompt += f"{question(cells)} {cells[5]}\n\n"
         for where, cells in read_csv(Path(folder) / "test" / f"{subject}_test.csv", 6):
-            answer = place_in(LETTERS, cells[5])
-            example = choice_example(prompt + question(cells), LETTERS, answer, where)
+            place, answer = place_in(LETTERS, cells[5]), f"the answer is {cells[5]!r:.60}"
+            example = choice_example(prompt + question(cells), LETTERS, place, where, answer)
             examples.append(example | {"subject": subject})
     return examples
 
@@ -534,8 +543,8 @@ def read_ceval(folder: str | Path, ask: Ask) -> list[dict]:
         for _, cells in read_csv(Path(folder) / "dev" / f"{subject}_dev.csv", 7)[1:6]:
             prompt += f"{question(cells)}{cells[6]}\n\n"
         for where, cells in read_csv(Path(folder) / "val" / f"{subject}_val.csv", 7)[1:]:
-            answer = place_in(LETTERS, cells[6])
-            example = choice_example(prompt + question(cells), LETTERS, answer, where)
+            place, answer = place_in(LETTERS, cells[6]), f"the answer is {cells[6]!r:.60}"
+            example = choice_example(prompt + question(cells), LETTERS, place, where, answer)
             examples.append(example | {"subject": subject})
     return examples
 
