@@ -472,22 +472,27 @@ def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
     return choice_example(prompt, ["是", "不是"], place, where, stated(row, "label"))
 
 
-def read_csv(path: Path, columns: int) -> list[tuple[str, list[str]]]:
-    """(where, cells) of each row. Raises ValueError for a row of another number of cells."""
+def read_csv(path: Path, columns: int, header: bool = False) -> list[tuple[str, list[str]]]:
+    """(where, cells) of each row, the header apart; `where` names the line that it begins in.
+    Raises ValueError for a row of fewer cells than `columns`, and for a file without rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = []
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+        reader, end = csv.reader(file), 0
         try:
             for cells in reader:
-                where = f"{path}: line {reader.line_num}"
+                where, end = f"{path}: line {end + 1}", reader.line_num
+                if not cells:  # an empty line
+                    continue
                 if len(cells) < columns:
                     raise ValueError(f"{where}: {len(cells)} cells; {columns} are required")
                 rows.append((where, cells))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a CSV file: {error}") from None
-    return rows
+    if len(rows) <= header:
+        raise ValueError(f"{path}: the file has no rows; at least one is required")
+    return rows[header:]
 
 
 LETTERS = ["A", "B", "C", "D"]
@@ -540,9 +545,9 @@ def read_ceval(folder: str | Path, ask: Ask) -> list[dict]:
     for subject in subjects(folder, "val"):
         name = names[subject][1] if subject in names else subject.replace("_", " ")
         prompt = f"以下是中国关于{name}考试的单项选择题，请选出其中的正确答案。\n\n"
-        for _, cells in read_csv(Path(folder) / "dev" / f"{subject}_dev.csv", 7)[1:6]:
+        for _, cells in read_csv(Path(folder) / "dev" / f"{subject}_dev.csv", 7, True)[:5]:
             prompt += f"{question(cells)}{cells[6]}\n\n"
-        for where, cells in read_csv(Path(folder) / "val" / f"{subject}_val.csv", 7)[1:]:
+        for where, cells in read_csv(Path(folder) / "val" / f"{subject}_val.csv", 7, True):
             place, answer = place_in(LETTERS, cells[6]), f"the answer is {cells[6]!r:.60}"
             example = choice_example(prompt + question(cells), LETTERS, place, where, answer)
             examples.append(example | {"subject": subject})
