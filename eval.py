@@ -612,9 +612,10 @@ def score_intent(prediction: str, answers: list[str]) -> int:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the last ####, else in the last \\boxed{}, else the last of the text."""
+    """The number in the last \\boxed{}, else behind the last #### (which headings begin with, too),
+    else the last of the text."""
     text = text.split("\nQuestion:")[0]  # a base model goes on with the next one
-    for mark in ("####", "\\boxed{"):
+    for mark in ("\\boxed{", "####"):
         if mark in text:
             found = re.search(NUMBER, text.rpartition(mark)[2])
             return number(found.group()) if found else None
