@@ -682,7 +682,7 @@ Candidate:
 {candidate}
 
 Reply with one line and nothing else, in this form: Total score: N"""
-POINTS = re.compile(r"(?:total score|总分)\D{0,5}?(\d+(?:\.\d+)?)", re.IGNORECASE)
+POINTS = re.compile(r"(?:total score|总分)\D{0,8}?(\d+(?:\.\d+)?)", re.IGNORECASE)
 JUDGE_SECONDS = 120.0  # that one request may take
 JUDGE_PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the tries of a request
 JUDGE_REQUESTS = 8  # at a time
