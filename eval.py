@@ -646,14 +646,19 @@ def score_trivia(prediction: str, answers: list[str]) -> int:
     return int(bool(lines) and bare(lines[0]) in [bare(answer) for answer in answers])
 
 
-STOPS = r"\n(?=class |def |#|if |print\()"  # where a continuation of a function ends
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+STOPS = r"\n(?=class |def |@|#|if |print\(|```)"  # where a continuation of a function ends
+FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)  # of any language
+INDENTED = re.compile(r"(?:[ \t]*\n)*(?:\t|  )[ \t]*[^\s`]")  # the first line of code is
 
 
 def program(example: dict) -> str:
-    """The Python program in a completion: its first block of code that defines the function, else
-    its first block, else the text as it continues the prompt."""
+    """The Python program in a completion. An indented text goes on with the prompt's function.
+    Of any other it is the first block of code that defines the function, else the first block, else
+    the text itself."""
     text, code, entry = example["raw_prediction"], example["code"], example["entry_point"]
+    if entry and INDENTED.match(text):
+        return code + re.split(STOPS, text, maxsplit=1)[0]
+    text = text.removeprefix(" ")  # chat formats have one before an answer
     defines = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.MULTILINE)
     blocks = FENCE.findall(text)
     if blocks:
