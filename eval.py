@@ -13,23 +13,29 @@ Dimensions, as in the comments: B rows, T tokens of a row, D hidden size, N want
 
 import argparse
 import csv
+import glob
 import hashlib
 import http.client
 import json
 import math
 import os
 import re
+import shlex
 import string
+import sys
+import textwrap
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed
@@ -62,6 +68,7 @@ from model import (
     load_adapter,
     load_model,
     local_directory,
+    locked,
     read_adapter,
     read_checkpoint,
     read_json,
@@ -133,8 +140,12 @@ def generate_batches(
             rows = decoder([prompts[i] for i in batch])
             new += sum(map(len, rows))
             bar.update(len(batch))
-            bar.set_postfix_str(f"{new / (time.perf_counter() - begin):,.0f} tokens/s")
+            seconds = time.perf_counter() - begin
+            bar.set_postfix_str(f"{new / seconds:,.0f} tokens/s")
             yield batch, rows
+    if prompts:
+        speed = f"{new:,} tokens in {seconds:,.1f} s, {new / seconds:,.0f} tokens/s"
+        print(f"decoded {len(prompts)} prompts: {speed}", flush=True)
 
 
 class Decoder:
@@ -161,11 +172,12 @@ class Decoder:
         self.count = torch.zeros(1, dtype=torch.int64, device=device)  # of new tokens
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the last one
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
-        self.step, self.steps_between_looks = self.eager_step, 1
+        self.graph, self.steps_between_looks = None, 1
         if self.weight.is_cuda:
             self.steps_between_looks = STEPS_BETWEEN_LOOKS
             if can_be_captured(model, rows):
-                self.capture()
+                with torch.cuda.device(device):
+                    self.capture()
             else:
                 print("decoding: without a CUDA graph; this expert path waits for the GPU")
 
@@ -175,9 +187,12 @@ class Decoder:
         with torch.cuda.stream(stream):  # compiles, and takes the memory that libraries need
             self.eager_step()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # its own default may be another GPU's
             self.eager_step()
-        self.step = graph.replay
+        self.graph = graph
+
+    def step(self) -> None:
+        self.graph.replay() if self.graph else self.eager_step()
 
     def eager_step(self) -> None:
         hidden, _ = self.model.hidden_states(self.token, self.cache, compiled=self.compiled)
@@ -296,7 +311,7 @@ def by_row(read: Callable[[dict, str, Ask], dict]) -> Callable[[str | Path, Ask]
     return lambda path, ask: [read(row, where, ask) for where, row in read_rows(path)]
 
 
-def required(row: dict, name: str, kind, where: str):
+def typed_field(row: dict, name: str, kind, where: str):
     """A field of a row: an object (dict) or a number (float | int). Raises ValueError."""
     value = row.get(name)
     if not isinstance(value, kind):
@@ -347,7 +362,7 @@ def read_gsm8k(row: dict, where: str, ask: Ask) -> dict:
 
 
 def read_trivia(row: dict, where: str, ask: Ask) -> dict:
-    """{"question", "answers": [...]}, or, as TriviaQA is published, "answer": {"value",
+    """{"question", "answers": [...]}, or, as TriviaQA's rows on the hub, "answer": {"value",
     "aliases"}."""
     question, answer = text_field(row, "question", where), row.get("answer")
     if isinstance(answer, dict):
@@ -381,7 +396,15 @@ def read_humaneval(row: dict, where: str, ask: Ask) -> dict:
     }
 
 
-def read_mbpp(row: dict, where: str, ask: Ask) -> dict:
+def read_mbpp(path: str | Path, ask: Ask) -> list[dict]:
+    """The published files hold all splits; the test's rows have task_id 11 to 510."""
+    rows = [(at, row) for at, row in read_rows(path) if row.get("task_id", 11) in range(11, 511)]
+    if not rows:
+        raise ValueError(f"{path}: no row has a task_id from 11 to 510, the published test")
+    return [read_mbpp_row(row, where, ask) for where, row in rows]
+
+
+def read_mbpp_row(row: dict, where: str, ask: Ask) -> dict:
     """{"text", "code", "test_list", "test_setup_code"}, or of the sanitized file "prompt" and
     "test_imports"."""
     task = text_field(row, "prompt" if "prompt" in row else "text", where)
@@ -437,7 +460,8 @@ def read_hellaswag(row: dict, where: str, ask: Ask) -> dict:
     label = row.get("label")
     label = int(label) if isinstance(label, str) and label.isdecimal() else label
     activity, a, b = (text_field(row, name, where) for name in ("activity_label", "ctx_a", "ctx_b"))
-    endings = [clean(ending) for ending in text_list(row, "endings", where, least=2)]
+    endings = text_list(row, "endings", where, least=2)
+    endings = [clean(ending) if clean(ending).strip() else ending for ending in endings]
     prompt = clean(f"{activity}: {a} {b.capitalize()}")
     return choice_example(prompt, endings, label, where, stated(row, "label"))
 
@@ -465,7 +489,7 @@ def read_arc(row: dict, where: str, ask: Ask) -> dict:
 def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
     """{"text", "target": {"span1_text", "span2_text"}, "label"}: does the pronoun, span 2, mean
     span 1?"""
-    text, target = text_field(row, "text", where), required(row, "target", dict, where)
+    text, target = text_field(row, "text", where), typed_field(row, "target", dict, where)
     name, pronoun = (text_field(target, f"span{i}_text", where) for i in (1, 2))
     prompt = f"{text}\n问题：上文中的“{pronoun}”指的是“{name}”吗？\n答案："
     place = place_in(["true", "false"], str(row.get("label")).lower())
@@ -536,6 +560,12 @@ def read_ceval(folder: str | Path, ask: Ask) -> list[dict]:
     there."""
     mapping = Path(folder) / "subject_mapping.json"
     names = read_json(mapping) if mapping.exists() else {}
+    if not isinstance(names, dict) or not all(
+        isinstance(n, list) and len(n) > 1 and all(map(is_text, n)) for n in names.values()
+    ):
+        raise ValueError(
+            f'{mapping}: must be an object like {{"law": ["Law", "法学", "Social Science"]}}'
+        )
 
     def question(cells: list[str]) -> str:
         lines = [cells[1], *(f"{a}. {b}" for a, b in zip(LETTERS, cells[2:])), "答案："]
@@ -611,19 +641,19 @@ def score_intent(prediction: str, answers: list[str]) -> int:
     return int(intent == answer.get("intent", "") and slots == expected)
 
 
+NUMBER = r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?"
+
+
 def final_number(text: str) -> Decimal | None:
-    """The number in the last \\boxed{}, else behind the last #### (which headings begin with, too),
-    else the last of the text."""
-    text = text.split("\nQuestion:")[0]  # a base model goes on with the next one
-    for mark in ("\\boxed{", "####"):
-        if mark in text:
-            found = re.search(NUMBER, text.rpartition(mark)[2])
-            return number(found.group()) if found else None
-    found = re.findall(NUMBER, text)
+    """The number in the last \\boxed{}, else behind the last ####, else the last of the text."""
+    text = text.lstrip().split("\nQuestion:")[0]  # a base model goes on with the next one
+    text = text.replace("{,}", "").replace("\\!", "")  # how TeX sets thousands apart
+    if "\\boxed{" in text:
+        found = re.search(NUMBER, text.rpartition("\\boxed{")[2])
+        return number(found.group()) if found else None
+    marked = re.findall(rf"####\s*({NUMBER})", text)  # not the headings that begin so
+    found = marked or re.findall(NUMBER, text)
     return number(found[-1]) if found else None
-
-
-NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
 
 def number(text: str) -> Decimal:
@@ -647,7 +677,7 @@ def score_trivia(prediction: str, answers: list[str]) -> int:
 
 
 STOPS = r"\n(?=class |def |@|#|if |print\(|```)"  # where a continuation of a function ends
-FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)  # of any language
+FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:[ \t]*\n)*(?:\t|  )[ \t]*[^\s`]")  # the first line of code is
 
 
@@ -660,9 +690,14 @@ def program(example: dict) -> str:
         return code + re.split(STOPS, text, maxsplit=1)[0]
     text = text.removeprefix(" ")  # chat formats have one before an answer
     defines = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.MULTILINE)
-    blocks = FENCE.findall(text)
+    blocks = [
+        block
+        for language, block in FENCE.findall(text)
+        if language.strip().lower() in ("", "py", "python", "python3")
+    ]
+    whole = [b for b in map(textwrap.dedent, blocks) if defines.search(b)]
     if blocks:
-        text = next((block for block in blocks if defines.search(block)), blocks[0])
+        text = whole[0] if whole else blocks[0]
     elif not entry:  # MBPP's layout ends with [DONE]
         text = text.split("[DONE]")[0]
     if not entry:
@@ -687,7 +722,9 @@ Candidate:
 {candidate}
 
 Reply with one line and nothing else, in this form: Total score: N"""
-POINTS = re.compile(r"(?:total score|总分)\D{0,8}?(\d+(?:\.\d+)?)", re.IGNORECASE)
+POINTS = re.compile(
+    r"(?:total score|总分)(?: *\([^)]*\))?[^\d-]{0,8}?(\d+(?:\.\d+)?)", re.IGNORECASE
+)
 JUDGE_SECONDS = 120.0  # that one request may take
 JUDGE_PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the tries of a request
 JUDGE_REQUESTS = 8  # at a time
@@ -699,8 +736,8 @@ class JudgeError(ValueError):
 
 @dataclass
 class Judge:
-    """Asks `model` at `url` (the part before /chat/completions), and keeps every reply in the file
-    `replies`, so that what has been judged is not asked again."""
+    """Asks `model` at `url` (the part before /chat/completions; empty: nobody), and keeps every
+    reply in the file `replies`, so that what has been judged is not asked again."""
 
     url: str
     model: str
@@ -708,17 +745,29 @@ class Judge:
     replies: Path
     known: dict[str, str] = field(default_factory=dict)  # digest of model and text -> reply
     failed: bool = False  # whether a try has failed, which is said once
+    lost: int = 0  # texts in a row that got no reply
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"judge_url is {self.url!r}; must begin with http:// or https://")
+        self.key = self.key.strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds characters that no key has")
         if self.replies.exists():
-            for line in self.replies.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    self.known[row["asked"]] = row["reply"]
-                except (ValueError, KeyError, TypeError):  # cut off when a run was killed
-                    continue
+            for line in self.replies.read_text("utf-8", errors="replace").split("\n"):
+                row = read_line(line)  # None where a kill cut it off
+                if isinstance(row, dict) and is_text(row.get("reply")):
+                    self.known[row.get("asked")] = row["reply"]
+
+    def check(self) -> None:
+        """Raises JudgeError for what a first request tells: better now than after decoding."""
+        try:
+            self.request("Reply with the word yes.")
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404):
+                raise JudgeError(f"{self.url}: HTTP {error.code}: {body_of(error)}") from None
+        except (OSError, http.client.HTTPException, ValueError):
+            pass  # it may be there by then
 
     def digest(self, text: str) -> str:
         return hashlib.sha256(f"{self.model}\n{text}".encode()).hexdigest()
@@ -728,14 +777,14 @@ class Judge:
         or its reply is unreadable. Raises JudgeError."""
         known = {self.digest(text): text for text in texts}
         missing = [d for d in known if read_points(self.known.get(d)) is None]
-        if missing:
+        if missing and self.url:
             print(f"judge: {len(missing)} of {len(texts)} to ask {self.model}", flush=True)
             self.replies.parent.mkdir(parents=True, exist_ok=True)
             with open(self.replies, "a", encoding="utf-8") as out:
                 out.write("\n")  # a line cut off ends here
                 for asked, reply in self.ask_all({d: known[d] for d in missing}):
                     row = {"asked": asked, "model": self.model, "reply": reply}
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    out.write(json.dumps(row) + "\n")
                     out.flush()
                     self.known[asked] = reply
         return [read_points(self.known.get(self.digest(text))) for text in texts]
@@ -757,14 +806,22 @@ class Judge:
                 raise
 
     def ask(self, text: str, stop: threading.Event) -> str | None:
-        """The judge's reply; None after the last try."""
+        """The judge's reply; None after the last try, and once JUDGE_REQUESTS texts in a row got
+        none."""
         for pause in (*JUDGE_PAUSES, None):
+            if self.lost >= JUDGE_REQUESTS:
+                return None
             try:
-                return self.request(text)
+                reply = self.request(text)
+                self.lost = 0
+                return reply
             except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-                if error.code not in (408, 409, 425, 429) and error.code < 500:
+                reason = f"HTTP {error.code}: {body_of(error)}"
+                if error.code in (401, 403, 404):
                     raise JudgeError(f"{self.url}: {reason}") from None
+                if error.code not in (408, 409, 425, 429) and error.code < 500:
+                    print(f"judge: {self.url}: {reason}; no points for one text", flush=True)
+                    return None
                 after = error.headers.get("Retry-After", "")
                 if pause is not None and after.isdecimal():
                     pause = max(pause, min(int(after), 600))
@@ -774,7 +831,9 @@ class Judge:
                 self.failed = True
                 print(f"judge: {self.url}: {reason}; such requests are tried again", flush=True)
             if pause is None or stop.wait(pause):
-                return None
+                break
+        self.lost += 1
+        return None
 
     def request(self, text: str) -> str:
         """One try. Raises OSError, HTTPException, or ValueError for an answer of another shape."""
@@ -800,9 +859,16 @@ class Judge:
         return reply
 
 
+def body_of(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
 def read_points(reply: str | None) -> float | None:
     """Points of a reply, divided by 10: the first after "total score", from 0 to 10."""
-    found = POINTS.search(reply or "")
+    found = POINTS.search((reply or "").replace("*", ""))
     return float(found[1]) / 10 if found and float(found[1]) <= 10 else None
 
 
@@ -820,61 +886,53 @@ class Task:
     read: Callable[[str | Path, Ask], list[dict]]
     score: Callable[[str, list[str]], int] | None = None  # of a completion, where kind is text
     max_new_tokens: int = 128
+    by_letter: bool = False  # of choices: the main metric, as these tasks' published scores
     grades: str = ""  # what a judge grades
     criteria: tuple[str, ...] = ()
 
 
 ANSWERS = "rows of prompt (in its chat format) and raw_answers"
+
+
+def judged(grades: str, *criteria: str, max_new_tokens: int = 512) -> Task:
+    about, read = f"ESFT's: {ANSWERS}", by_row(read_answers)
+    return Task("judged", about, read, None, max_new_tokens, False, grades, criteria)
+
+
 TASKS = {
     "exact": Task("text", ANSWERS, by_row(read_answers), score_exact),
     "intent": Task("text", f"ESFT's: {ANSWERS}", by_row(read_intent), score_intent),
     "gsm8k": Task("text", "rows of question and answer", by_row(read_gsm8k), score_number, 512),
     "triviaqa": Task("text", "rows of question and answers", by_row(read_trivia), score_trivia, 32),
-    "summary": Task(
-        "judged",
-        f"ESFT's: {ANSWERS}",
-        by_row(read_answers),
-        max_new_tokens=512,
-        grades="the summary of a customer's call",
-        criteria=(
-            "Accuracy: is the customer's problem or complaint put as in the reference?",
-            "Completeness: is every important point there?",
-            "Brevity: nothing superfluous, the reference's style",
-            "Follow-up: are the same next steps asked for?",
-        ),
+    "summary": judged(
+        "the summary of a customer's call",
+        "Accuracy: is the customer's problem or complaint put as in the reference?",
+        "Completeness: is every important point there?",
+        "Brevity: nothing superfluous, the reference's style",
+        "Follow-up: are the same next steps asked for?",
     ),
-    "law": Task(
-        "judged",
-        f"ESFT's: {ANSWERS}",
-        by_row(read_answers),
-        max_new_tokens=512,
-        grades="the predicted judgment of a court (0 points if there is none)",
-        criteria=(
-            "Agreement: the same decisions, whatever the words; this weighs most",
-            "Completeness: parties, amounts, liability, costs",
-            "Accuracy: details, figures, dates, legal grounds",
-            "Tone: factual, in legal terms",
-        ),
+    "law": judged(
+        "the predicted judgment of a court (0 points if there is none)",
+        "Agreement: the same decisions, whatever the words; this weighs most",
+        "Completeness: parties, amounts, liability, costs",
+        "Accuracy: details, figures, dates, legal grounds",
+        "Tone: factual, in legal terms",
     ),
-    "translation": Task(
-        "judged",
-        f"ESFT's: {ANSWERS}",
-        by_row(read_answers),
-        grades="a translation",
-        criteria=(
-            "Accuracy: does it say what the reference says?",
-            "Completeness: is every part there?",
-            "Brevity: nothing superfluous, the reference's style",
-        ),
+    "translation": judged(
+        "a translation",
+        "Accuracy: does it say what the reference says?",
+        "Completeness: is every part there?",
+        "Brevity: nothing superfluous, the reference's style",
+        max_new_tokens=128,
     ),
     "choice": Task("choice", "rows of prompt, choices, answer", by_row(read_choice)),
     "mmlu": Task("choice", "the folder of the published CSV files: dev/, test/", read_mmlu),
     "ceval": Task("choice", "the folder of the published CSV files: dev/, val/", read_ceval),
-    "hellaswag": Task("choice", "the published rows", by_row(read_hellaswag)),
-    "arc": Task("choice", "the published rows", by_row(read_arc)),
+    "hellaswag": Task("choice", "the published rows", by_row(read_hellaswag), by_letter=True),
+    "arc": Task("choice", "the published rows", by_row(read_arc), by_letter=True),
     "cluewsc": Task("choice", "the published rows", by_row(read_cluewsc)),
     "humaneval": Task("code", "the published rows", by_row(read_humaneval), max_new_tokens=512),
-    "mbpp": Task("code", "the published rows", by_row(read_mbpp), max_new_tokens=512),
+    "mbpp": Task("code", "the published rows", read_mbpp, max_new_tokens=512),
     "loss": Task("loss", "any training file", read_chat),
 }
 
@@ -1014,15 +1072,10 @@ class Result:
         return next(iter(self.metrics.values()))
 
 
-def mean(values: list, weights: list[int] | None = None) -> float:
-    weights = weights or [1] * len(values)
-    return sum(v * w for v, w in zip(values, weights)) / sum(weights)
-
-
 def result_of_text(task: Task, examples: list[dict], judge: Judge | None) -> Result:
     scores = [task.score(e["raw_prediction"], e["raw_answers"]) for e in examples]
     records = [{"example": e, "score": score} for e, score in zip(examples, scores)]
-    return Result({"accuracy": mean(scores)}, len(records), "samples", records)
+    return Result({"accuracy": fmean(scores)}, len(records), "samples", records)
 
 
 def result_of_choice(task: Task, examples: list[dict], judge: Judge | None) -> Result:
@@ -1036,10 +1089,12 @@ def result_of_choice(task: Task, examples: list[dict], judge: Judge | None) -> R
         records.append({"example": e, "score": int(best), "score_normalised": int(normalised)})
         groups.setdefault(e.get("subject"), []).append(int(best))
     metrics = {
-        "accuracy": mean([r["score"] for r in records]),
-        "normalised": mean([r["score_normalised"] for r in records]),
+        "accuracy": fmean([r["score"] for r in records]),
+        "normalised": fmean([r["score_normalised"] for r in records]),
     }
-    subjects = {name: mean(scores) for name, scores in groups.items() if name is not None}
+    if task.by_letter:
+        metrics = dict(reversed(metrics.items()))
+    subjects = {name: fmean(scores) for name, scores in groups.items() if name is not None}
     return Result(metrics, len(records), "questions", records, groups=subjects or None)
 
 
@@ -1051,7 +1106,7 @@ def result_of_code(task: Task, examples: list[dict], judge: Judge | None) -> Res
         {"example": e, "score": int(line == "passed"), "result": line}
         for e, line in zip(examples, said)
     ]
-    metrics = {"pass@1": mean([r["score"] for r in records])}
+    metrics = {"pass@1": fmean([r["score"] for r in records])}
     return Result(metrics, len(records), "programs", records)
 
 
@@ -1060,17 +1115,19 @@ def result_of_judged(task: Task, examples: list[dict], judge: Judge | None) -> R
     referenced = [e for e in examples if "reference_tokens" in e]  # not in files of others
     tokens = [e["reference_tokens"] for e in referenced]
     metrics: dict[str, float | None] = {
-        name: mean([e[f"reference_{name}"] for e in referenced], tokens) if referenced else None
+        name: fmean([e[f"reference_{name}"] for e in referenced], tokens) if referenced else None
         for name in ("loss", "accuracy")
     }
     metrics = {f"reference {name}": value for name, value in metrics.items()}
     if judge is None:
         records = [{"example": e, "score": None} for e in examples]
-        return Result(metrics, len(records), "samples, without a judge", records, len(records))
+        return Result(
+            metrics, len(records), "samples, reference answers' loss", records, len(records)
+        )
     points = judge.points([judge_prompt(task, e) for e in examples])
     records = [{"example": e, "score": p} for e, p in zip(examples, points)]
     given = [p for p in points if p is not None]
-    metrics = {"points": mean(given) if given else None} | metrics
+    metrics = {"points": fmean(given) if given else None} | metrics
     return Result(metrics, len(given), "judged samples", records, len(records) - len(given))
 
 
@@ -1089,8 +1146,8 @@ def judge_prompt(task: Task, example: dict) -> str:
 def result_of_loss(task: Task, examples: list[dict], judge: Judge | None) -> Result:
     """Means over all tokens; a record's score is its sample's mean loss."""
     tokens = [e["tokens"] for e in examples]
-    loss = mean([e["loss"] for e in examples], tokens)
-    metrics = {"loss": loss, "token accuracy": mean([e["accuracy"] for e in examples], tokens)}
+    loss = fmean([e["loss"] for e in examples], tokens)
+    metrics = {"loss": loss, "token accuracy": fmean([e["accuracy"] for e in examples], tokens)}
     records = [{"example": e, "score": e["loss"]} for e in examples]
     return Result(metrics, sum(tokens), "tokens", records)
 
@@ -1134,23 +1191,28 @@ def evaluate(
 
 
 class Ranks:
-    """The processes that torchrun started over one folder; without it, this one alone."""
+    """The processes that torchrun started over one folder; without it, this one alone. The first
+    one speaks."""
 
     def __init__(self) -> None:
-        self.rank, self.world = (
-            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1:
             # Ranks wait as long as another one decodes.
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")
 
     def wait(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def print(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
+    def first(self, value):
+        """The first process's value."""
+        values = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
 
 
 @dataclass
@@ -1168,31 +1230,50 @@ class Evaluation:
     file: Path
     identity: dict
 
+    @property
+    def name(self) -> str:
+        return f"{self.variant} {self.column}"
+
     def parts(self) -> list[Path]:
-        return sorted(self.file.parent.glob(f"{self.file.name}.rank*.part"))
+        return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.rank*.part"))
 
     def answered(self) -> dict[int, dict]:
         """What the parts hold: number of the example -> the example with its answer."""
         found = {}
         for path in self.parts():
-            first, *lines = path.read_text(encoding="utf-8").split("\n")
-            if read_line(first) != self.identity:
-                continue
-            for row in map(read_line, lines):
-                if isinstance(row, dict) and row.get("number") in range(len(self.examples)):
-                    found[row["number"]] = row["example"]
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[1:]:
+                row = read_line(line)
+                with suppress(ValueError):  # cut off by a kill, or edited
+                    example = check_saved(row, self.task, str(path))
+                    if row.get("number") in range(len(self.examples)):
+                        found[row["number"]] = example
         return found
 
-    def finished(self, results: dict) -> list[dict] | None:
-        """The answered examples of a complete file that this evaluation wrote."""
-        entry = results.get(f"{self.variant} {self.column}", {})
-        if entry.get("identity") != self.identity or not self.file.is_file():
-            return None
+    def finished(self) -> list[dict] | None:
+        """The answered examples of the complete file; None if somebody edited it."""
         try:
             rows = [check_saved(row, self.task, at) for at, row in read_rows(self.file)]
-        except ValueError:  # somebody edited it
+        except ValueError:
             return None
         return rows if len(rows) == len(self.examples) else None
+
+    def differing(self, results: dict) -> list[str]:
+        """Of what is there, of this file: what says that other settings or data made it."""
+        made = [results[self.name].get("identity")] if self.name in results else []
+        made += [read_line(first_line(path)) for path in self.parts()]
+        if self.file.exists() and self.name not in results:
+            return [f"{self.file}: was not written by such a command"]
+        return [
+            f"{self.file}: was made with another {key} ({theirs.get(key)!r:.60}, now {mine!r:.60})"
+            for theirs in (each if isinstance(each, dict) else {} for each in made)
+            for key, mine in self.identity.items()
+            if theirs.get(key) != mine
+        ]
+
+
+def first_line(path: Path) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline()
 
 
 def read_line(line: str):
@@ -1204,32 +1285,21 @@ def read_line(line: str):
 
 
 def complete(
-    evaluation: Evaluation, model: Transformer, ask: Ask, batch_size: int, ranks: Ranks
+    e: Evaluation, model: Transformer, ask: Ask, batch_size: int, ranks: Ranks
 ) -> list[dict]:
     """Answers the examples that no earlier run answered, split over the processes; all of them are
     in the parts then. Returns them to the first process."""
-    e = evaluation
-    if ranks.rank == 0:
-        for path in e.parts():
-            with open(path, encoding="utf-8") as file:
-                if read_line(file.readline()) != e.identity:
-                    print(f"{path}: of other settings or data; begun anew", flush=True)
-                    path.unlink()
-    ranks.wait()
     done = e.answered()
-    pending = [n for n in range(len(e.examples)) if n not in done]
-    ranks.wait()
-    if done:
-        ranks.print(f"{e.variant} {e.column}: {len(done)} of {len(e.examples)} answered before")
-    mine = pending[ranks.rank :: ranks.world]
-    predict = PREDICTIONS[TASKS[e.task].kind]
-    if mine:
-        part = Path(f"{e.file}.rank{ranks.rank}.part")
-        with open(part, "a", encoding="utf-8") as out:
+    pending = ranks.first([n for n in range(len(e.examples)) if n not in done])
+    if len(pending) < len(e.examples):
+        print(f"{e.name}: {len(e.examples) - len(pending)} of {len(e.examples)} answered before")
+    if mine := pending[ranks.rank :: ranks.world]:
+        with open(f"{e.file}.rank{ranks.rank}.part", "a", encoding="utf-8") as out:
             if out.tell() == 0:
                 out.write(json.dumps(e.identity))
             out.write("\n")  # ends the first line, or one that a kill cut off
             examples = [e.examples[n] for n in mine]
+            predict = PREDICTIONS[TASKS[e.task].kind]
             for i, example in predict(model, ask, examples, e.max_new_tokens, batch_size):
                 out.write(json.dumps({"number": mine[i], "example": example}) + "\n")
                 out.flush()
@@ -1264,20 +1334,21 @@ def show(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def table(results: dict[str, dict[str, Result]]) -> str:
-    """variant -> column -> result, as lines: the main metric of each, and the mean of those that
-    are the same metric's kind, from 0 to 1."""
-    columns = list(dict.fromkeys(column for of in results.values() for column in of))
-    names = {c: next(of[c] for of in results.values() if c in of).metrics for c in columns}
-    heads = [f"{c} ({next(iter(names[c]))})" for c in columns]
-    averaged = [c for c in columns if "loss" not in next(iter(names[c]))]
-    lines = [["", *heads] + ["average"] * (len(averaged) > 1)]
-    for variant, of in results.items():
-        line = [variant, *(show(of[c].mean) for c in columns)]
+def table(evaluations: list[Evaluation], results: dict[str, Result]) -> str:
+    """Lines: a row for the base and each adapter, a column for each task with its main metric, and
+    the mean of those that are no loss."""
+    variants = list(dict.fromkeys(e.variant for e in evaluations))
+    columns = list(dict.fromkeys(e.column for e in evaluations))
+    metrics = [next(iter(results[f"{variants[0]} {c}"].metrics)) for c in columns]
+    averaged = [c for c, metric in zip(columns, metrics) if "loss" not in metric]
+    lines = [["", *(f"{c} ({metric})" for c, metric in zip(columns, metrics))]]
+    lines[0] += ["average"] * (len(averaged) > 1)
+    for variant in variants:
+        values = {c: results[f"{variant} {c}"].mean for c in columns}
+        lines.append([variant, *(show(values[c]) for c in columns)])
         if len(averaged) > 1:
-            values = [of[c].mean for c in averaged]
-            line.append(show(None if None in values else mean(values)))
-        lines.append(line)
+            of = [values[c] for c in averaged]
+            lines[-1].append(show(None if None in of else fmean(of)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
@@ -1287,52 +1358,71 @@ def table(results: dict[str, dict[str, Result]]) -> str:
 
 def name_adapters(paths: list[str]) -> list[str]:
     """A short name for each: its directory, or the one above where that is "adapter"; the whole
-    path where two would share a name."""
-    short = []
-    for path in map(Path, paths):
-        short.append(path.parent.name if path.name == "adapter" and path.parent.name else path.name)
+    path where two would share a name, or one that of the base."""
+    whole = [Path(path).absolute() for path in paths]
+    short = [p.parent.name if p.name == "adapter" else p.name for p in whole]
     return [
-        name if short.count(name) == 1 and name != "base" else str(path)
-        for name, path in zip(short, paths)
+        name if name and name != "base" and short.count(name) == 1 else str(path).strip("/")
+        for name, path in zip(short, whole)
     ]
 
 
-def plan_evaluations(args: argparse.Namespace, ask: Ask, base: Path, dtype: torch.dtype):
+def hash_files(paths: Iterable[Path]) -> str:
+    """Of names and contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def plan_evaluations(
+    args: argparse.Namespace, ask: Ask, base: Path, dtype: torch.dtype
+) -> list[Evaluation]:
     """Every evaluation that the command line asks for, with its examples read and its adapter
     checked; nothing is loaded. Raises ValueError and OSError."""
     meta, stored = read_checkpoint(base)
     meta.fingerprint = fingerprint(stored)
+    settings = [base / f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
+    made_by = {"base": meta.fingerprint, "base's settings": hash_files(settings)}
     variants = [("base", None, None)] if args.base or not args.adapter else []
     for name, adapter in zip(name_adapters(args.adapter), args.adapter):
         adapter = local_directory(adapter, "adapter")
-        stored = read_adapter(adapter, meta)
-        variants.append((name, adapter, [fingerprint(stored.tensors), stored.scaling]))
-    single = args.output.suffix == ".jsonl"
-    if single and len(variants) * len(args.task) > 1:
-        raise ValueError(f"--output is {args.output}; for several evaluations, name a folder")
-    evaluations = []
-    for task, data in zip(args.task, args.data):
+        read_adapter(adapter, meta)  # refuses a wrong one
+        held = [
+            path for path in sorted(adapter.iterdir()) if path.suffix in (".json", ".safetensors")
+        ]
+        variants.append((name, adapter, hash_files(held)))
+    names = [(task, Path(data)) for task, data in zip(args.task, args.data)]
+    for given, what in ((variants, "--adapter"), (names, "--task and --data")):
+        if len({str(each) for each in given}) < len(given):
+            raise ValueError(f"{what}: the same is given twice")
+    tasks = []
+    for task, data in names:
+        column = task
+        if args.task.count(task) > 1:
+            stems = [other.stem for name, other in names if name == task]
+            column = f"{task}:{data.stem if stems.count(data.stem) == 1 else data}"
         examples = read_examples(data, task, ask)[: args.limit]
-        column = task if args.task.count(task) == 1 else f"{task}:{Path(data).stem}"
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-        new = args.max_new_tokens or TASKS[task].max_new_tokens
-        for name, adapter, weights in variants:
-            file = f"{name}.{column}.jsonl".replace("/", "-").replace(":", ".")
-            identity = {
-                "base": meta.fingerprint,
+        tasks.append((task, column, data, examples, digest))
+    evaluations = []
+    for name, adapter, weights in variants:
+        for task, column, data, examples, digest in tasks:
+            new = args.max_new_tokens or TASKS[task].max_new_tokens
+            identity = made_by | {
                 "adapter": weights,
                 "task": task,
-                "examples": digest,
+                "data, limit or prompts": digest,
+                "chat_format": ask.tokenizer.chat_format,
                 "max_new_tokens": new,
                 "dtype": str(dtype),
             }
-            path = args.output if single else args.output / file
-            check_output_file(path, args.data)
+            file = f"{name}.{column}.jsonl".replace("/", "-").replace(":", ".")
+            file = args.output if args.output.suffix == ".jsonl" else args.output / file
             evaluations.append(
-                Evaluation(name, column, adapter, task, data, examples, new, path, identity)
+                Evaluation(name, column, adapter, task, data, examples, new, file, identity)
             )
-    if len({e.file for e in evaluations}) < len(evaluations):
-        raise ValueError("--task: the same task and data are given twice")
     return evaluations
 
 
@@ -1342,50 +1432,75 @@ def run(args: argparse.Namespace) -> None:
     single = args.output.suffix == ".jsonl"
     if single:
         check_output_file(args.output, args.data)
+        if max(len(args.adapter) + args.base, 1) * len(args.task) > 1:
+            raise ValueError(f"--output is {args.output}; for several evaluations, name a folder")
     elif args.output.is_file():
         raise ValueError(f"{args.output}: is a file; a folder, or NAME.jsonl, is required")
+    folder = args.output.parent if single else args.output
     check_device(args.device)
     base = local_directory(args.model)
     ModelConfig.from_json(base / "config.json")  # refuses what is not supported
-    dtype = choose_dtype(args.dtype, args.device)
     ask = Ask(load_tokenizer(base, args.chat_format), args.plain)
-    evaluations = plan_evaluations(args, ask, base, dtype)
-    folder = args.output.parent if single else args.output
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{args.output.stem}." if single else ""
-    results_file = folder / f"{stem}results.json"
+    evaluations = plan_evaluations(args, ask, base, choose_dtype(args.dtype, args.device))
+    with locked(folder) if ranks.rank == 0 else nullcontext():
+        results_file = folder / (f"{args.output.stem}.results.json" if single else "results.json")
+        evaluate_all(args, evaluations, base, ask, results_file, ranks)
+
+
+def evaluate_all(
+    args: argparse.Namespace,
+    evaluations: list[Evaluation],
+    base: Path,
+    ask: Ask,
+    results_file: Path,
+    ranks: Ranks,
+) -> None:
+    """`run`, once everything is known and the folder is held."""
     saved = read_results(results_file)
-    judge = make_judge(args, folder / f"{stem}judge.jsonl")
-    before = [e.finished(saved) for e in evaluations]
-    ranks.wait()  # nobody writes before everyone has looked
-    model = None
-    results: dict[str, dict[str, Result]] = {}
-    order = sorted(range(len(evaluations)), key=lambda i: str(evaluations[i].adapter or ""))
-    present = None
-    for i in order:
-        e, examples, begin = evaluations[i], before[i], time.perf_counter()
-        if examples is None:
+    if ranks.rank == 0:
+        check_outputs(args, evaluations, saved)
+    judges = [make_judge(args, e, saved) for e in evaluations]
+    asked = next((judge for judge in judges if judge and judge.url), None)
+    if asked and ranks.rank == 0:
+        asked.check()
+    before = [e.finished() if e.file.exists() and e.name in saved else None for e in evaluations]
+    model, present, results = None, None, {}
+    for e, judge, examples in zip(evaluations, judges, before):
+        begin = time.perf_counter()
+        if ranks.first(examples is None):
             if model is None:
-                model = load_model(base, args.device, dtype)
+                model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
             if e.adapter != present:
                 remove_adapter(model) if e.adapter is None else load_adapter(model, e.adapter)
                 present = e.adapter
             examples = complete(e, model, ask, args.batch_size, ranks)
         else:
-            ranks.print(f"{e.variant} {e.column}: answered before, in {e.file}")
+            print(f"{e.name}: answered before, in {e.file}")
         if ranks.rank == 0:
             result = score(e.task, examples, judge)
             write_records(e.file, result.records)
-            saved[f"{e.variant} {e.column}"] = entry_of(e, result)
+            saved[e.name] = entry_of(e, result, judge)
             write_json(results_file, saved, indent=2)
             for path in e.parts():
                 path.unlink()
-            results.setdefault(e.variant, {})[e.column] = result
+            results[e.name] = result
             seconds = time.perf_counter() - begin
-            print(f"{e.variant} {e.column}: {describe(result)}, {seconds:,.1f} s", flush=True)
-        ranks.wait()
+            print(f"{e.name}: {describe(result)}, {seconds:,.1f} s", flush=True)
     if ranks.rank == 0:
-        finish(evaluations, results, results_file, judge)
+        finish(evaluations, results, results_file, asked is not None)
+
+
+def check_outputs(args: argparse.Namespace, evaluations: list[Evaluation], saved: dict) -> None:
+    """Raises ValueError for a file that this command reads, or that other settings or data made;
+    with --overwrite, the latter are deleted."""
+    for e in evaluations:
+        check_output_file(e.file, args.data)
+        if (reasons := e.differing(saved)) and not args.overwrite:
+            raise ValueError(f"{reasons[0]}; name another --output, or give --overwrite")
+        if reasons:
+            saved.pop(e.name, None)
+            for path in (*e.parts(), e.file):
+                path.unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> dict:
@@ -1396,7 +1511,7 @@ def read_results(path: Path) -> dict:
     return saved
 
 
-def entry_of(e: Evaluation, result: Result) -> dict:
+def entry_of(e: Evaluation, result: Result, judge: Judge | None) -> dict:
     entry = {
         "variant": e.variant,
         "adapter": e.adapter and str(e.adapter),
@@ -1409,35 +1524,47 @@ def entry_of(e: Evaluation, result: Result) -> dict:
         "missing": result.missing,
         "identity": e.identity,
     }
+    if judge is not None:
+        entry["judge"] = judge.model
     return entry | ({"subjects": result.groups} if result.groups else {})
 
 
-def make_judge(args: argparse.Namespace, replies: Path) -> Judge | None:
-    if not args.judge_url:
+def make_judge(args: argparse.Namespace, e: Evaluation, saved: dict) -> Judge | None:
+    """The judge that the command line names; else the one that gave points before, whose replies
+    are kept, and who is not asked again."""
+    if TASKS[e.task].kind != "judged":
         return None
-    return Judge(args.judge_url, args.judge_model, os.environ.get("OPENAI_API_KEY", ""), replies)
+    model = args.judge_model or saved.get(e.name, {}).get("judge")
+    return judge_beside(e.file, args.judge_url or "", model) if model else None
+
+
+def judge_beside(completions: Path, url: str, model: str) -> Judge:
+    """The judge whose replies are in the folder of a file of completions."""
+    return Judge(
+        url, model, os.environ.get("OPENAI_API_KEY", ""), completions.parent / "judge.jsonl"
+    )
 
 
 def finish(
-    evaluations: list[Evaluation], results: dict, results_file: Path, judge: Judge | None
+    evaluations: list[Evaluation], results: dict[str, Result], results_file: Path, asked: bool
 ) -> None:
     """The table, what it lacks, what was written and what to do next."""
-    ordered = {e.variant: results[e.variant] for e in evaluations}
     if len(evaluations) > 1:
-        print(f"\n{table(ordered)}")
-    judged = [e for e in evaluations if TASKS[e.task].kind == "judged"]
-    if judged and judge is None:
+        print(f"\n{table(evaluations, results)}")
+    missing = sum(results[e.name].missing for e in evaluations if TASKS[e.task].kind == "judged")
+    if missing and asked:
+        print(f"{missing} completions have no points; the same command asks the judge for them")
+    elif missing:
         print(
             "no judge was asked: of judged tasks the table has the loss of the reference answers; "
             "the same command with --judge_url and --judge_model has the saved completions judged"
         )
-    missing = sum(results[e.variant][e.column].missing for e in judged)
-    if judge is not None and missing:
-        print(f"{missing} completions have no points; the same command asks the judge for them")
     print(f"wrote {results_file} and {', '.join(e.file.name for e in evaluations)} beside it")
-    e = evaluations[0]
-    if TASKS[e.task].kind != "loss":
-        print(f"next: python eval.py --rescore {e.file} --task {e.task}")
+    for e in evaluations:
+        if TASKS[e.task].kind not in ("loss", "judged"):
+            file = shlex.quote(str(e.file))
+            print(f"next: python eval.py --rescore {file} --task {e.task}")
+            return
 
 
 # ------------------------------------------------------------------------------------------
@@ -1447,13 +1574,15 @@ def finish(
 def check_saved(row: dict, task: str, where: str) -> dict:
     """The example of a saved row, with what its score needs. Raises ValueError that names line and
     field."""
-    example, kind = required(row, "example", dict, where), TASKS[task].kind
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a JSON object, found {row!r:.60}")
+    example, kind = typed_field(row, "example", dict, where), TASKS[task].kind
     read_intent(example, where) if task == "intent" else read_answers(example, where)
     numbers = ["loss", "accuracy", "tokens"] if kind == "loss" else []
     if "reference_tokens" in example:  # not in other programs' files
         numbers = ["reference_loss", "reference_accuracy", "reference_tokens"]
     for name in numbers:
-        required(example, name, float | int, where)
+        typed_field(example, name, float | int, where)
     texts = ["raw_prediction"] if kind != "loss" else []
     for name in texts + (["code", "entry_point", "test"] if kind == "code" else []):
         text_field(example, name, where)
@@ -1470,6 +1599,10 @@ def check_saved(row: dict, task: str, where: str) -> dict:
                 f"{where}: field loglikelihoods is {logs!r:.60}; {len(choices)} numbers are "
                 "required"
             )
+        if not all(map(str.strip, choices)):
+            raise ValueError(f"{where}: field choices holds an empty one")
+        if not isinstance(example.get("subject", ""), str):
+            raise ValueError(f"{where}: field subject is {example['subject']!r:.60}; a string is")
         if example["raw_answers"][0] not in choices:
             raise ValueError(f"{where}: field raw_answers[0] is none of the choices")
     return example
@@ -1489,8 +1622,11 @@ def rescore(path: str | Path, task: str, judge: Judge | None = None) -> tuple[Re
 def rescore_command(args: argparse.Namespace) -> None:
     if args.output:
         check_output_file(args.output, [args.rescore])
-    replies = Path(f"{args.output or args.rescore}").with_suffix(".judge.jsonl")
-    result, equal = rescore(args.rescore, args.task[0], make_judge(args, replies))
+    judge = None
+    if args.judge_url:
+        judge = judge_beside(Path(args.rescore), args.judge_url, args.judge_model)
+        judge.check()
+    result, equal = rescore(args.rescore, args.task[0], judge)
     print(f"{args.task[0]}: {describe(result)}")
     print(f"{equal} of {len(result.records)} scores equal the saved ones")
     if args.output:
@@ -1561,7 +1697,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="questions without the chat format, for base models that were not trained to chat",
+        help="gsm8k, triviaqa, humaneval and mbpp without the chat format, for base models that "
+        "were not trained to chat",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace evaluations in --output that other settings, adapters or data made",
     )
     parser.add_argument("--limit", type=int, help="only the first so many examples of each task")
     parser.add_argument("--judge_url", help="an OpenAI-compatible endpoint, as https://HOST/v1")
@@ -1586,11 +1728,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error("--rescore takes one task, not loss")
         if TASKS[args.task[0]].kind == "judged" and not args.judge_url:
             parser.error(f"--rescore of {args.task[0]} needs --judge_url and --judge_model")
-        for name in ("data", "adapter", "limit", "base", "plain"):
+        only_with_a_model = "data adapter base limit plain overwrite chat_format max_new_tokens"
+        for name in f"{only_with_a_model} device dtype".split():
             if getattr(args, name):
                 parser.error(f"--rescore takes no --{name}")
     if bool(args.judge_url) != bool(args.judge_model):
         parser.error("--judge_url and --judge_model go together")
+    if args.judge_url and not any(TASKS[task].kind == "judged" for task in args.task):
+        parser.error("--judge_url: no task is judged")
     for name in ("max_new_tokens", "batch_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:

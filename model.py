@@ -12,6 +12,7 @@ checkpoint tensor. Equation numbers are those of DeepSeekMoE (arXiv 2401.06066),
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -682,7 +683,10 @@ def experts_grouped(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
     """The same as `experts_loop`, as grouped products over the stacked experts. A frozen expert
     costs neither a saved input nor a weight gradient."""
     if x.is_cuda and len(x) <= FEW_TOKENS and not moe.has_lora and not torch.is_grad_enabled():
-        return experts_for_few(moe, x, weights, indices)
+        # Uncompiled and in bfloat16, grouped products read no more than the chosen experts.
+        all_used = indices.numel() >= len(moe.experts)
+        if all_used or torch.compiler.is_compiling() or x.dtype != torch.bfloat16:
+            return experts_for_few(moe, x, weights, indices)
     order, inverse, ends = sort_by_expert(indices, len(moe.experts))
     if moe.has_lora:
         return experts_with_lora(moe, x, weights, order, inverse, ends)
@@ -706,7 +710,7 @@ def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
         act = act.as_strided(act.shape, act.stride())  # written once, not computed in each sum
         out = (moe.down[indices].float() * act).sum(-1)  # (N, K, D)
         return (out * weights[..., None]).sum(1).to(x.dtype)
-    # Every expert for every token: all weights are read once, as they would be anyway.
+    # Every expert for every token: each weight is read once, as most would be anyway.
     chosen = weights.new_zeros(N, E).scatter_(1, indices, weights).T[..., None]  # (E, N, 1)
     h = torch.bmm(x.expand(E, -1, -1), moe.gate_up.mT)  # (E, N, 2I)
     gate, up = h.float().chunk(2, -1)
@@ -1102,6 +1106,25 @@ def check_output_file(path: str | Path, inputs: list[str]) -> None:
     if Path(path).resolve() in [Path(name).resolve() for name in inputs]:
         raise ValueError(f"{path}: is read by this command; another output is required")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def locked(output: Path):
+    """Makes the directory and holds it for this process: two runs that write to one directory would
+    spoil each other's. Raises ValueError if another holds it, OSError if it cannot be written."""
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:  # a lock ends with its process, however that ends
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{output}: another process is writing there") from None
+        probe = output / ".writable.part"  # better refused now than after loading
+        probe.touch()
+        probe.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:

@@ -7,7 +7,6 @@ Precedence: defaults < the config file < the command line.
 
 import argparse
 import difflib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -62,6 +61,7 @@ from model import (
     load_adapter,
     load_model,
     local_directory,
+    locked,
     lora_parameters,
     mark_trainable,
     open_tensors,
@@ -180,7 +180,7 @@ class TrainConfig:
     eval_sets: list[str] = key(
         (), "TASK:FILE, evaluated before and after training (tasks: see eval.py)"
     )
-    max_new_tokens: int = key(128, "longest completion in these evaluations")
+    max_new_tokens: int = key(0, "longest completion in these evaluations; 0: the task's own")
 
     # Machine
     seed: int = key(0, "of sampling, packing, order and random selection")
@@ -253,7 +253,7 @@ class TrainConfig:
             "eval_steps": 1,
             "save_steps": 1,
             "log_steps": 1,
-            "max_new_tokens": 1,
+            "max_new_tokens": 0,
             "seed": 0,
             "aux_loss_alpha": 0,
         }
@@ -559,25 +559,6 @@ def check_output(config: TrainConfig, mine: dict) -> None:
             raise ValueError(
                 f"output_dir is {output}; it holds files that no run of train.py wrote"
             )
-
-
-@contextmanager
-def locked(output: Path):
-    """Makes the directory and holds it for this process: two runs that write to one directory would
-    spoil each other's. Raises ValueError if another holds it."""
-    output.mkdir(parents=True, exist_ok=True)
-    handle = os.open(output, os.O_RDONLY)
-    try:
-        try:  # a lock ends with its process, however that ends
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output_dir is {output}; another process is writing there") from None
-        probe = output / ".writable.part"  # better refused now than after loading
-        probe.touch()
-        probe.unlink()
-        yield
-    finally:
-        os.close(handle)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -1561,7 +1542,7 @@ def quality_lines(results: dict) -> list[str]:
         task, _, path = entry.partition(":")
         after = results["after"][entry]
         lines.append(
-            f"{Path(path).stem:<34} {task:<7} {before['mean']:>7.3f} {after['mean']:>7.3f}   "
+            f"{Path(path).stem:<34} {task:<11} {before['mean']:>7.3f} {after['mean']:>7.3f}   "
             f"({before['count']:,} {before['unit']})"
         )
     return lines

@@ -3,6 +3,7 @@ stopped, and that several processes give the same files."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import torch
 from conftest import ROOT
 
 import eval as evaluation
-from model import load_model, mark_trainable, save_adapter
+from eval import name_adapters
+from model import load_model, locked, mark_trainable, save_adapter
 
 TASKS = ("exact", "loss", "choice", "summary")
 
@@ -149,17 +151,77 @@ def test_an_interrupted_run_continues(task, checkpoint, data, tmp_path, monkeypa
     asked.clear()
     run(monkeypatch, *args)  # a third time: nothing is left to ask
     assert not asked and files(tmp_path / "cut") == files(tmp_path / "whole")
-    run(monkeypatch, *args, "--max_new_tokens", "4")  # what others made is not continued
+    other = [*args, "--max_new_tokens", "4"]  # what others made is neither continued nor lost
+    with pytest.raises(SystemExit, match=r"made with another max_new_tokens \(5, now 4\)"):
+        run(monkeypatch, *other)
+    assert not asked and files(tmp_path / "cut") == files(tmp_path / "whole")
+    run(monkeypatch, *other, "--overwrite")
     assert len(asked) == total
 
 
-def test_a_part_of_other_settings_is_begun_anew(checkpoint, data, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "base.exact.jsonl.rank0.part").write_text('{"task": "exact"}\n{"number": 0}\n')
-    run(monkeypatch, *arguments(checkpoint, data, output, tasks=["exact"]))
-    assert "of other settings or data; begun anew" in capsys.readouterr().out
-    assert sorted(files(output)) == ["base.exact.jsonl", "results.json"]
+@pytest.mark.parametrize("line", ["3", "{}", '{"number": 0}', '{"number": 0, "example": 5}', "\0"])
+def test_a_spoiled_part_is_answered_again(line, checkpoint, data, tmp_path, monkeypatch):
+    args = arguments(checkpoint, data, tmp_path / "out[1]", tasks=["exact"])
+    run(monkeypatch, *args)
+    whole = files(tmp_path / "out[1]")
+    file = tmp_path / "out[1]/base.exact.jsonl"
+    (rows, entry) = (whole["base.exact.jsonl"], whole["results.json"]["base exact"])
+    identity = json.loads((tmp_path / "out[1]/results.json").read_text())["base exact"]["identity"]
+    assert len(rows) == 7 and entry["count"] == 7
+    file.rename(file.with_name(f"{file.name}.rank0.part"))
+    (tmp_path / "out[1]/results.json").unlink()
+    file.with_name(f"{file.name}.rank0.part").write_text(f"{json.dumps(identity)}\n{line}\n")
+    run(monkeypatch, *args)
+    assert files(tmp_path / "out[1]") == whole
+    file.write_text(f"{line}\n" * 7)  # and an edited file is not taken for finished
+    run(monkeypatch, *args)
+    assert files(tmp_path / "out[1]") == whole
+
+
+def test_what_another_model_or_command_made_is_refused(
+    checkpoint, data, adapters, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    args = arguments(checkpoint, data, out, tasks=["exact"])
+    run(monkeypatch, *args, "--adapter", str(adapters[0]))
+    run(monkeypatch, *args)  # the base beside it
+    assert sorted(files(out)) == ["base.exact.jsonl", "first.exact.jsonl", "results.json"]
+    other = tmp_path / "elsewhere/first/adapter"
+    shutil.copytree(adapters[1], other)
+    with pytest.raises(SystemExit, match="first.exact.jsonl: was made with another adapter"):
+        run(monkeypatch, *args, "--adapter", str(other))
+    settings = checkpoint / "tokenizer_config.json"
+    before = settings.read_text()
+    try:
+        settings.write_text(before + " ")
+        with pytest.raises(SystemExit, match="was made with another base's settings"):
+            run(monkeypatch, *args)
+    finally:
+        settings.write_text(before)
+    data["exact"].write_text(data["exact"].read_text().replace("ab", "ba"))
+    with pytest.raises(SystemExit, match="was made with another data, limit or prompts"):
+        run(monkeypatch, *args)
+    (out / "base.loss.jsonl").write_text("mine\n")
+    with pytest.raises(SystemExit, match="base.loss.jsonl: was not written by such a command"):
+        run(monkeypatch, *arguments(checkpoint, data, out, tasks=["loss"]))
+    for content in ("[]", '{"base loss": 3}', "{"):
+        (out / "results.json").write_text(content)
+        with pytest.raises(SystemExit, match="results.json: not"):
+            run(monkeypatch, *args)
+
+
+def test_one_command_at_a_time_writes_to_a_folder(checkpoint, data, tmp_path, monkeypatch):
+    with locked(tmp_path / "out"):
+        with pytest.raises(SystemExit, match="out: another process is writing there"):
+            run(monkeypatch, *arguments(checkpoint, data, tmp_path / "out"))
+
+
+def test_adapters_have_short_names_where_they_can(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = name_adapters(["runs/a/adapter", "runs/b/adapter", "c", "org/base", "."])
+    whole = str(tmp_path).strip("/")
+    assert named == ["a", "b", "c", f"{whole}/org/base", tmp_path.name]
+    assert name_adapters(["x/a/adapter", "y/a"]) == [f"{whole}/x/a/adapter", f"{whole}/y/a"]
 
 
 def test_processes_share_the_examples_and_write_the_same_files(
@@ -182,6 +244,7 @@ def test_processes_share_the_examples_and_write_the_same_files(
     [
         (["--task", "exact"], "2 --task, 1 --data; each task needs its data"),
         (["--judge_url", "http://h/v1"], "--judge_url and --judge_model go together"),
+        (["--judge_url", "http://h/v1", "--judge_model", "m"], "--judge_url: no task is judged"),
         (["--limit", "0"], "--limit is 0; must be at least 1"),
         (["--task", "nonsense"], "invalid choice: 'nonsense'"),
     ],

@@ -187,7 +187,7 @@ def test_signals_write_a_checkpoint_and_say_how_to_go_on(checkpoint, chat_file, 
 
 def test_two_runs_do_not_share_a_directory(run, tmp_path):
     with training.locked(tmp_path / "run"):
-        with pytest.raises(ValueError, match="run; another process is writing there"):
+        with pytest.raises(ValueError, match="run: another process is writing there"):
             run("run")
     run("run")
 

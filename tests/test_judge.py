@@ -135,7 +135,7 @@ def test_equal_completions_are_asked_once_and_another_model_anew(server, tmp_pat
     assert other.digest(text) not in other.known and judge.digest(text) in other.known
 
 
-@pytest.mark.parametrize("status", [400, 401, 404])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_no_retry_mends_ends_the_run_and_loses_nothing(server, tmp_path, status, monkeypatch):
     monkeypatch.setattr(evaluation, "JUDGE_REQUESTS", 1)
     server.behaviour = {"good": ["Total score: 8"], "refused": [status]}
@@ -145,6 +145,65 @@ def test_what_no_retry_mends_ends_the_run_and_loses_nothing(server, tmp_path, st
     assert server.tries == {"good": 1, "refused": 1}
     again = Judge(server.url, "judge-1", "", tmp_path / "judge.jsonl")
     assert again.points(["Candidate:\ngood\n"]) == [0.8] and server.tries["good"] == 1
+
+
+def test_a_text_that_is_refused_is_missing_and_others_are_judged(server, tmp_path):
+    server.behaviour = {"good": ["Total score: 8"], "too long": [400]}
+    judge = Judge(server.url, "judge-1", "", tmp_path / "judge.jsonl")
+    assert judge.points([f"Candidate:\n{c}\n" for c in ("too long", "good")]) == [None, 0.8]
+    assert server.tries == {"good": 1, "too long": 1}
+
+
+def test_a_judge_that_is_not_there_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "JUDGE_PAUSES", (0.001,))
+    tries = []
+
+    def nobody(self, text):
+        tries.append(text)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(Judge, "request", nobody)
+    judge = Judge("http://127.0.0.1:9/v1", "judge-1", "", tmp_path / "judge.jsonl")
+    assert judge.points([f"{n}" for n in range(100)]) == [None] * 100
+    assert len(tries) <= 2 * 2 * evaluation.JUDGE_REQUESTS
+
+
+def test_points_are_kept_where_no_judge_is_asked(server, tmp_path, monkeypatch, checkpoint):
+    monkeypatch.setattr(Judge, "request", lambda self, text: "Total score: 5")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text(json.dumps({"prompt": "p", "raw_answers": ["r"]}))
+    command = ["eval.py", "--model", str(checkpoint), "--task", "law", "--data", str(data)]
+    command += ["--output", str(out), "--max_new_tokens", "2", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [*command, "--judge_url", server.url, "--judge_model", "m"])
+    evaluation.main()
+    first = (out / "results.json").read_text()
+    assert json.loads(first)["base law"]["metrics"]["points"] == 0.5
+    monkeypatch.setattr(Judge, "request", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("sys.argv", command)
+    evaluation.main()
+    assert (out / "results.json").read_text() == first
+    rows = str(out / "base.law.jsonl")
+    monkeypatch.setattr(Judge, "check", lambda _: None)
+    judged = ["--rescore", rows, "--task", "law", "--judge_url", server.url, "--judge_model", "m"]
+    monkeypatch.setattr("sys.argv", ["eval.py", *judged])
+    evaluation.main()
+
+
+@pytest.mark.parametrize("reply", ["一二三", "a\u2028b\u0085c Total score: 4"])
+def test_any_reply_is_kept(reply, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judge, "request", lambda self, text: f"{reply} Total score: 4")
+    file = tmp_path / "judge.jsonl"
+    Judge("http://h", "m", "", file).points(["x"])
+    monkeypatch.setattr(Judge, "request", lambda *_: pytest.fail("asked again"))
+    assert Judge("http://h", "m", "", file).points(["x"]) == [0.4]
+
+
+@pytest.mark.parametrize("key", ["sk-1\nHost: x", "clé"])
+def test_a_key_that_is_none_is_refused_and_not_shown(key, tmp_path):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters") as raised:
+        Judge("http://h", "m", key, tmp_path / "judge.jsonl")
+    assert "sk-1" not in str(raised.value)
+    assert Judge("http://h", "m", " sk-1\n", tmp_path / "judge.jsonl").key == "sk-1"
 
 
 def test_a_reply_cut_off_by_a_kill_is_asked_again(server, tmp_path):
@@ -165,7 +224,7 @@ def test_nobody_there_is_missing_not_an_error(tmp_path, monkeypatch):
     assert judge.points(["Candidate:\na\n"]) == [None]
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://h/v1", ""])
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://h/v1"])
 def test_an_address_that_is_none_is_refused(url, tmp_path):
     with pytest.raises(ValueError, match="judge_url is .*; must begin with http:// or https://"):
         Judge(url, "judge-1", "", tmp_path / "judge.jsonl")

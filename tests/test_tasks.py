@@ -491,7 +491,12 @@ def test_bad_rows_are_named(task, row, message, tmp_path):
         ("70000.00", 70000),
         ("I do not know.", None),
         ("", None),
-        ("3 and 4 are\n#### none", None),
+        ("3 and 4 are\n#### none", 4),
+        ("\\boxed{7}\n\n#### Step 2: check", 7),
+        ("in all \\boxed{1{,}234} or \\boxed{70,\\!000}", 70000),
+        ("\\boxed{1{,}234}", 1234),
+        ("between 10-15", 15),
+        ("\nQuestion: what is left?\nAnswer: 3", 3),
         (" 3 + 4 = 7\n#### 7\n\nQuestion: Tom has 2 cats.\nAnswer: #### 2", 7),
     ],
 )
@@ -542,7 +547,7 @@ MBPP = {
 }
 MBPP_SANITIZED = {
     "source_file": "Benchmark Questions Verification V2.ipynb",
-    "task_id": 2,
+    "task_id": 17,
     "prompt": "Write a function for the root.",
     "code": "def root(x):\n  return x ** 0.5",
     "test_imports": ["import math"],
