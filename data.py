@@ -130,6 +130,8 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     gzip (NAME.gz); `where` names file and line for error messages. Raises FileNotFoundError, or
     ValueError for a row that is not an object."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; a data file is required")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
     try:

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import string
 import sys
 import textwrap
@@ -725,6 +726,7 @@ Reply with one line and nothing else, in this form: Total score: N"""
 POINTS = re.compile(
     r"(?:total score|总分)(?: *\([^)]*\))?[^\d-]{0,8}?(\d+(?:\.\d+)?)", re.IGNORECASE
 )
+BARE_POINTS = re.compile(r"\s*(?:score\s*:?\s*)?(\d+(?:\.\d+)?)(?:\s*/\s*10)?[\s.]*", re.IGNORECASE)
 JUDGE_SECONDS = 120.0  # that one request may take
 JUDGE_PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the tries of a request
 JUDGE_REQUESTS = 8  # at a time
@@ -781,12 +783,16 @@ class Judge:
             print(f"judge: {len(missing)} of {len(texts)} to ask {self.model}", flush=True)
             self.replies.parent.mkdir(parents=True, exist_ok=True)
             with open(self.replies, "a", encoding="utf-8") as out:
-                out.write("\n")  # a line cut off ends here
+                if out.tell() > 0:
+                    out.write("\n")  # a line cut off ends here
                 for asked, reply in self.ask_all({d: known[d] for d in missing}):
                     row = {"asked": asked, "model": self.model, "reply": reply}
                     out.write(json.dumps(row) + "\n")
                     out.flush()
                     self.known[asked] = reply
+        unread = [r for d in known if (r := self.known.get(d)) and read_points(r) is None]
+        if unread:
+            print(f"judge: {len(unread)} replies without points, as {unread[0]!r:.100}", flush=True)
         return [read_points(self.known.get(self.digest(text))) for text in texts]
 
     def ask_all(self, texts: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -829,7 +835,8 @@ class Judge:
                 reason = f"{type(error).__name__}: {error}"  # cut, slow, or nonsense
             if not self.failed:
                 self.failed = True
-                print(f"judge: {self.url}: {reason}; such requests are tried again", flush=True)
+                again = f"tried again for {sum(JUDGE_PAUSES)} seconds and more"
+                print(f"judge: {self.url}: {reason}; such requests are {again}", flush=True)
             if pause is None or stop.wait(pause):
                 break
         self.lost += 1
@@ -849,11 +856,12 @@ class Judge:
             f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
         )
         with urllib.request.urlopen(request, timeout=JUDGE_SECONDS) as response:
-            answer = json.loads(response.read())
+            answer = response.read()
         try:
-            reply = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError("the answer has no choices[0].message.content") from None
+            reply = json.loads(answer)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            begins = answer[:80].decode(errors="replace")
+            raise ValueError(f"no choices[0].message.content in {begins!r}") from None
         if not is_text(reply):
             raise ValueError("the answer's content is no text")
         return reply
@@ -867,8 +875,10 @@ def body_of(error: urllib.error.HTTPError) -> str:
 
 
 def read_points(reply: str | None) -> float | None:
-    """Points of a reply, divided by 10: the first after "total score", from 0 to 10."""
-    found = POINTS.search((reply or "").replace("*", ""))
+    """Points of a reply, divided by 10: the first after "total score", or all that it says, from 0
+    to 10."""
+    text = (reply or "").replace("*", "")
+    found = POINTS.search(text) or BARE_POINTS.fullmatch(text)
     return float(found[1]) / 10 if found and float(found[1]) <= 10 else None
 
 
@@ -925,7 +935,11 @@ TASKS = {
         "Brevity: nothing superfluous, the reference's style",
         max_new_tokens=128,
     ),
-    "choice": Task("choice", "rows of prompt, choices, answer", by_row(read_choice)),
+    "choice": Task(
+        "choice",
+        "rows of prompt, choices, answer (its number from 0, or its text)",
+        by_row(read_choice),
+    ),
     "mmlu": Task("choice", "the folder of the published CSV files: dev/, test/", read_mmlu),
     "ceval": Task("choice", "the folder of the published CSV files: dev/, val/", read_ceval),
     "hellaswag": Task("choice", "the published rows", by_row(read_hellaswag), by_letter=True),
@@ -1190,6 +1204,9 @@ def evaluate(
 # puts them in order. results.json says of each finished file what made it.
 
 
+SECONDS_BETWEEN_WORDS = 60.0  # on how far a run is, where no progress bar shows it
+
+
 class Ranks:
     """The processes that torchrun started over one folder; without it, this one alone. The first
     one speaks."""
@@ -1226,6 +1243,7 @@ class Evaluation:
     task: str
     data: str
     examples: list[dict]
+    limit: int | None
     max_new_tokens: int
     file: Path
     identity: dict
@@ -1238,24 +1256,25 @@ class Evaluation:
         return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.rank*.part"))
 
     def answered(self) -> dict[int, dict]:
-        """What the parts hold: number of the example -> the example with its answer."""
+        """What the file and the parts hold: number of the example -> the example with its
+        answer. Lines that a kill cut off or somebody spoiled are passed over."""
         found = {}
-        for path in self.parts():
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[1:]:
+        paths = [self.file] if self.file.exists() else []
+        for path in [*paths, *self.parts()]:
+            whole, lines = path == self.file, path.read_text("utf-8", errors="replace").split("\n")
+            for n, line in enumerate(lines[:-1] if whole else lines[1:]):
                 row = read_line(line)
-                with suppress(ValueError):  # cut off by a kill, or edited
+                with suppress(ValueError):
                     example = check_saved(row, self.task, str(path))
-                    if row.get("number") in range(len(self.examples)):
-                        found[row["number"]] = example
+                    number = n if whole else row.get("number")
+                    if number in range(len(self.examples)):
+                        found[number] = example
         return found
 
-    def finished(self) -> list[dict] | None:
-        """The answered examples of the complete file; None if somebody edited it."""
-        try:
-            rows = [check_saved(row, self.task, at) for at, row in read_rows(self.file)]
-        except ValueError:
-            return None
-        return rows if len(rows) == len(self.examples) else None
+    def wanted(self, answered: dict[int, dict]) -> range:
+        """Which examples are evaluated: the first `limit`, or as many as were before."""
+        everything = len(self.examples)
+        return range(max(min(self.limit or everything, everything), max(answered, default=-1) + 1))
 
     def differing(self, results: dict) -> list[str]:
         """Of what is there, of this file: what says that other settings or data made it."""
@@ -1288,31 +1307,36 @@ def complete(
     e: Evaluation, model: Transformer, ask: Ask, batch_size: int, ranks: Ranks
 ) -> list[dict]:
     """Answers the examples that no earlier run answered, split over the processes; all of them are
-    in the parts then. Returns them to the first process."""
+    in the file and the parts then. Returns them to the first process."""
     done = e.answered()
-    pending = ranks.first([n for n in range(len(e.examples)) if n not in done])
-    if len(pending) < len(e.examples):
-        print(f"{e.name}: {len(e.examples) - len(pending)} of {len(e.examples)} answered before")
-    if mine := pending[ranks.rank :: ranks.world]:
+    wanted, done = ranks.first((e.wanted(done), set(done)))
+    if done:
+        print(f"{e.name}: {len(done)} of {len(wanted)} answered before", flush=True)
+    if mine := [n for n in wanted if n not in done][ranks.rank :: ranks.world]:
         with open(f"{e.file}.rank{ranks.rank}.part", "a", encoding="utf-8") as out:
             if out.tell() == 0:
                 out.write(json.dumps(e.identity))
             out.write("\n")  # ends the first line, or one that a kill cut off
-            examples = [e.examples[n] for n in mine]
-            predict = PREDICTIONS[TASKS[e.task].kind]
-            for i, example in predict(model, ask, examples, e.max_new_tokens, batch_size):
+            examples, spoken = [e.examples[n] for n in mine], time.monotonic()
+            answers = PREDICTIONS[TASKS[e.task].kind](
+                model, ask, examples, e.max_new_tokens, batch_size
+            )
+            for count, (i, example) in enumerate(answers, 1):
                 out.write(json.dumps({"number": mine[i], "example": example}) + "\n")
                 out.flush()
+                if time.monotonic() > spoken + SECONDS_BETWEEN_WORDS:
+                    spoken = time.monotonic()
+                    print(f"{e.name}: {count} of {len(mine)} answered", flush=True)
     ranks.wait()
     if ranks.rank > 0:
         return []
     done = e.answered()
-    if missing := [n for n in range(len(e.examples)) if n not in done]:
+    if missing := [n for n in wanted if n not in done]:
         raise OSError(
             f"{e.file}: {len(missing)} answers of other processes are missing beside it; all "
             "processes must write to the same folder"
         )
-    return [done[n] for n in range(len(e.examples))]
+    return [done[n] for n in wanted]
 
 
 def write_records(path: str | Path, records: list[dict]) -> None:
@@ -1403,7 +1427,7 @@ def plan_evaluations(
         if args.task.count(task) > 1:
             stems = [other.stem for name, other in names if name == task]
             column = f"{task}:{data.stem if stems.count(data.stem) == 1 else data}"
-        examples = read_examples(data, task, ask)[: args.limit]
+        examples = read_examples(data, task, ask)
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
         tasks.append((task, column, data, examples, digest))
     evaluations = []
@@ -1413,7 +1437,7 @@ def plan_evaluations(
             identity = made_by | {
                 "adapter": weights,
                 "task": task,
-                "data, limit or prompts": digest,
+                "data or prompts": digest,
                 "chat_format": ask.tokenizer.chat_format,
                 "max_new_tokens": new,
                 "dtype": str(dtype),
@@ -1421,7 +1445,9 @@ def plan_evaluations(
             file = f"{name}.{column}.jsonl".replace("/", "-").replace(":", ".")
             file = args.output if args.output.suffix == ".jsonl" else args.output / file
             evaluations.append(
-                Evaluation(name, column, adapter, task, data, examples, new, file, identity)
+                Evaluation(
+                    name, column, adapter, task, data, examples, args.limit, new, file, identity
+                )
             )
     return evaluations
 
@@ -1463,11 +1489,11 @@ def evaluate_all(
     asked = next((judge for judge in judges if judge and judge.url), None)
     if asked and ranks.rank == 0:
         asked.check()
-    before = [e.finished() if e.file.exists() and e.name in saved else None for e in evaluations]
     model, present, results = None, None, {}
-    for e, judge, examples in zip(evaluations, judges, before):
-        begin = time.perf_counter()
-        if ranks.first(examples is None):
+    for e, judge in zip(evaluations, judges):
+        begin, done = time.perf_counter(), e.answered()
+        examples = [done[n] for n in e.wanted(done) if n in done]
+        if ranks.first(len(examples) < len(e.wanted(done))):
             if model is None:
                 model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
             if e.adapter != present:
@@ -1475,7 +1501,7 @@ def evaluate_all(
                 present = e.adapter
             examples = complete(e, model, ask, args.batch_size, ranks)
         else:
-            print(f"{e.name}: answered before, in {e.file}")
+            print(f"{e.name}: {len(examples)} answered before, in {e.file}")
         if ranks.rank == 0:
             result = score(e.task, examples, judge)
             write_records(e.file, result.records)
@@ -1559,7 +1585,8 @@ def finish(
             "no judge was asked: of judged tasks the table has the loss of the reference answers; "
             "the same command with --judge_url and --judge_model has the saved completions judged"
         )
-    print(f"wrote {results_file} and {', '.join(e.file.name for e in evaluations)} beside it")
+    others = f"{len(evaluations)} files of completions" if len(evaluations) > 1 else "completions"
+    print(f"wrote {results_file} and {others} beside it, as {evaluations[0].file.name}")
     for e in evaluations:
         if TASKS[e.task].kind not in ("loss", "judged"):
             file = shlex.quote(str(e.file))
@@ -1705,7 +1732,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace evaluations in --output that other settings, adapters or data made",
     )
-    parser.add_argument("--limit", type=int, help="only the first so many examples of each task")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="only the first so many examples of each task; more of them later continue",
+    )
     parser.add_argument("--judge_url", help="an OpenAI-compatible endpoint, as https://HOST/v1")
     parser.add_argument("--judge_model", help="the judge's name there")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -1724,8 +1755,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.model and len(args.data) != len(args.task):
         parser.error(f"{len(args.task)} --task, {len(args.data)} --data; each task needs its data")
     if args.rescore:
-        if len(args.task) > 1 or TASKS[args.task[0]].kind == "loss":
-            parser.error("--rescore takes one task, not loss")
+        if len(args.task) > 1:
+            parser.error("--rescore takes one task")
+        if TASKS[args.task[0]].kind == "loss":
+            parser.error("--rescore: a file of task loss holds no completions; use --model")
         if TASKS[args.task[0]].kind == "judged" and not args.judge_url:
             parser.error(f"--rescore of {args.task[0]} needs --judge_url and --judge_model")
         only_with_a_model = "data adapter base limit plain overwrite chat_format max_new_tokens"
@@ -1749,12 +1782,14 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     check_arguments(parser, args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         rescore_command(args) if args.rescore else run(args)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command continues") from None
+        print("stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -136,8 +136,9 @@ def test_an_interrupted_run_continues(task, checkpoint, data, tmp_path, monkeypa
 
     monkeypatch.setitem(evaluation.PREDICTIONS, kind, predict_two)
     args = arguments(checkpoint, data, tmp_path / "cut", tasks=[task])
-    with pytest.raises(SystemExit, match="stopped; the same command continues"):
+    with pytest.raises(SystemExit, match="130"):
         run(monkeypatch, *args)
+    assert "stopped; the same command continues" in capsys.readouterr().err
     (part,) = (tmp_path / "cut").glob("*.part")
     with open(part, "a") as file:
         file.write('{"number": 2, "example": {"pro')  # a kill in the middle of a line
@@ -199,7 +200,7 @@ def test_what_another_model_or_command_made_is_refused(
     finally:
         settings.write_text(before)
     data["exact"].write_text(data["exact"].read_text().replace("ab", "ba"))
-    with pytest.raises(SystemExit, match="was made with another data, limit or prompts"):
+    with pytest.raises(SystemExit, match="was made with another data or prompts"):
         run(monkeypatch, *args)
     (out / "base.loss.jsonl").write_text("mine\n")
     with pytest.raises(SystemExit, match="base.loss.jsonl: was not written by such a command"):
@@ -273,10 +274,16 @@ def test_a_bad_adapter_or_file_is_refused_before_the_base_is_loaded(
         run(monkeypatch, *arguments(checkpoint, data, tmp_path / "a.jsonl", tasks=["exact"] * 2))
 
 
-def test_a_limit_takes_the_first(checkpoint, data, tmp_path, monkeypatch):
+def test_a_limit_takes_the_first_and_more_continue(checkpoint, data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "look.jsonl"
-    args = arguments(checkpoint, data, output, "--limit", "3", tasks=["exact"])
+    args = arguments(checkpoint, data, output, tasks=["exact"])
+    for limit, answered in ((3, 3), (5, 5), (2, 5)):  # what is there is not thrown away
+        run(monkeypatch, *args, "--limit", str(limit))
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        words = [row["example"]["raw_answers"][0] for row in rows]
+        assert words == ["ab", "cd", "efg", "h", "ijkl"][:answered]
+    assert "3 of 5 answered before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "look.results.json").read_text())["base exact"]["count"] == 5
     run(monkeypatch, *args)
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["example"]["raw_answers"] for row in rows] == [["ab"], ["cd"], ["efg"]]
-    assert (tmp_path / "look.results.json").exists()
+    run(monkeypatch, *arguments(checkpoint, data, tmp_path / "whole.jsonl", tasks=["exact"]))
+    assert output.read_text() == (tmp_path / "whole.jsonl").read_text()

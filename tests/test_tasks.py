@@ -739,6 +739,11 @@ def test_mbpp_by_hand(row, completion, passes, tmp_path):
     "reply, points",
     [
         ("Total score: 7", 0.7),
+        ("Score: 7.", 0.7),
+        ("8/10", 0.8),
+        ("Accuracy score: 7, brevity score: 8", None),
+        ("Total score: -3", None),
+        ("Total score (out of 10): 7", 0.7),
         ("Good.\ntotal score: 7.5 points", 0.75),
         ("**Total score**: **7**", 0.7),
         ("总分是：8分", 0.8),
