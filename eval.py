@@ -763,6 +763,8 @@ class Judge:
 
     def check(self) -> None:
         """Raises JudgeError for what a first request tells: better now than after decoding."""
+        if not self.url:
+            return
         try:
             self.request("Reply with the word yes.")
         except urllib.error.HTTPError as error:
@@ -1485,12 +1487,14 @@ def evaluate_all(
     saved = read_results(results_file)
     if ranks.rank == 0:
         check_outputs(args, evaluations, saved)
-    judges = [make_judge(args, e, saved) for e in evaluations]
-    asked = next((judge for judge in judges if judge and judge.url), None)
-    if asked and ranks.rank == 0:
-        asked.check()
+    named = {e.name: name_judge(args, e, saved) for e in evaluations}
+    judges = {name: judge_beside(results_file, *name) for name in {*named.values()} - {None}}
+    if ranks.rank == 0:
+        for judge in judges.values():
+            judge.check()
     model, present, results = None, None, {}
-    for e, judge in zip(evaluations, judges):
+    for e in evaluations:
+        judge = judges.get(named[e.name])
         begin, done = time.perf_counter(), e.answered()
         examples = [done[n] for n in e.wanted(done) if n in done]
         if ranks.first(len(examples) < len(e.wanted(done))):
@@ -1504,16 +1508,16 @@ def evaluate_all(
             print(f"{e.name}: {len(examples)} answered before, in {e.file}")
         if ranks.rank == 0:
             result = score(e.task, examples, judge)
-            write_records(e.file, result.records)
             saved[e.name] = entry_of(e, result, judge)
-            write_json(results_file, saved, indent=2)
+            write_json(results_file, saved, indent=2)  # first: the file is known by its entry
+            write_records(e.file, result.records)
             for path in e.parts():
                 path.unlink()
             results[e.name] = result
             seconds = time.perf_counter() - begin
             print(f"{e.name}: {describe(result)}, {seconds:,.1f} s", flush=True)
     if ranks.rank == 0:
-        finish(evaluations, results, results_file, asked is not None)
+        finish(evaluations, results, results_file)
 
 
 def check_outputs(args: argparse.Namespace, evaluations: list[Evaluation], saved: dict) -> None:
@@ -1555,36 +1559,32 @@ def entry_of(e: Evaluation, result: Result, judge: Judge | None) -> dict:
     return entry | ({"subjects": result.groups} if result.groups else {})
 
 
-def make_judge(args: argparse.Namespace, e: Evaluation, saved: dict) -> Judge | None:
-    """The judge that the command line names; else the one that gave points before, whose replies
-    are kept, and who is not asked again."""
+def name_judge(args: argparse.Namespace, e: Evaluation, saved: dict) -> tuple[str, str] | None:
+    """Address and model of the judge that the command line names; else of the one that gave points
+    before, whose replies are kept: without an address it is not asked again."""
     if TASKS[e.task].kind != "judged":
         return None
     model = args.judge_model or saved.get(e.name, {}).get("judge")
-    return judge_beside(e.file, args.judge_url or "", model) if model else None
+    return (args.judge_url or "", model) if model else None
 
 
-def judge_beside(completions: Path, url: str, model: str) -> Judge:
-    """The judge whose replies are in the folder of a file of completions."""
-    return Judge(
-        url, model, os.environ.get("OPENAI_API_KEY", ""), completions.parent / "judge.jsonl"
-    )
+def judge_beside(file: Path, url: str, model: str) -> Judge:
+    """The judge whose replies are in the folder of a file of completions or results."""
+    return Judge(url, model, os.environ.get("OPENAI_API_KEY", ""), file.parent / "judge.jsonl")
 
 
-def finish(
-    evaluations: list[Evaluation], results: dict[str, Result], results_file: Path, asked: bool
-) -> None:
+def finish(evaluations: list[Evaluation], results: dict[str, Result], results_file: Path) -> None:
     """The table, what it lacks, what was written and what to do next."""
     if len(evaluations) > 1:
         print(f"\n{table(evaluations, results)}")
-    missing = sum(results[e.name].missing for e in evaluations if TASKS[e.task].kind == "judged")
-    if missing and asked:
-        print(f"{missing} completions have no points; the same command asks the judge for them")
-    elif missing:
+    of_judged = [results[e.name] for e in evaluations if TASKS[e.task].kind == "judged"]
+    if any("points" not in result.metrics for result in of_judged):
         print(
             "no judge was asked: of judged tasks the table has the loss of the reference answers; "
             "the same command with --judge_url and --judge_model has the saved completions judged"
         )
+    elif missing := sum(result.missing for result in of_judged):
+        print(f"{missing} completions have no points; --judge_url and --judge_model ask for them")
     others = f"{len(evaluations)} files of completions" if len(evaluations) > 1 else "completions"
     print(f"wrote {results_file} and {others} beside it, as {evaluations[0].file.name}")
     for e in evaluations:
