@@ -73,7 +73,6 @@ from model import (
     read_adapter,
     read_checkpoint,
     read_json,
-    remove_adapter,
     replacing,
     write_json,
 )
@@ -1500,8 +1499,8 @@ def evaluate_all(
         if ranks.first(len(examples) < len(e.wanted(done))):
             if model is None:
                 model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
-            if e.adapter != present:
-                remove_adapter(model) if e.adapter is None else load_adapter(model, e.adapter)
+            if e.adapter != present:  # the base comes first, without one
+                load_adapter(model, e.adapter)
                 present = e.adapter
             examples = complete(e, model, ask, args.batch_size, ranks)
         else:

@@ -9,7 +9,7 @@ from conftest import SHARED, save_with_transformers
 
 import eval as evaluation
 from data import load_tokenizer
-from eval import generate, read_examples, rescore, score_exact, score_intent
+from eval import Decoder, generate, read_examples, rescore, score_exact, score_intent
 from model import MoE, experts_for_few, experts_loop, largest, load_model
 
 
@@ -43,6 +43,22 @@ def test_greedy_decoding_equals_transformers_for_any_batch(seed, family, tmp_pat
         evaluation, "PREFILL_TOKENS", 40
     )  # the prompts of a batch in several passes
     assert generate(model, prompts, 12, eos_id) == expected
+
+
+@torch.inference_mode()
+def test_a_decoder_serves_batch_after_batch_and_stops_early(tmp_path):
+    save_with_transformers(tmp_path, seed=1)
+    model = load_model(tmp_path, dtype=torch.float32)
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    alone = [generate(model, [prompt], 12, 95)[0] for prompt in prompts]
+    decoder = Decoder(model, rows=3, length=3 + 12, max_new_tokens=12, eos_id=95)
+    assert decoder(prompts) == alone
+    for _ in range(2):  # with idle rows
+        assert decoder(prompts[1:2]) == alone[1:2] and decoder(prompts) == alone
+    eos_id = alone[0][3]
+    ending = Decoder(model, rows=2, length=3 + 12, max_new_tokens=12, eos_id=eos_id)
+    assert ending(prompts[:1]) == [alone[0][: alone[0].index(eos_id)]]
+    assert ending.count == alone[0].index(eos_id) + 1 < 12
 
 
 def random_moe(directory, family: str = "deepseek_v2") -> MoE:

@@ -237,6 +237,7 @@ def test_processes_share_the_examples_and_write_the_same_files(
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("base exact: accuracy") == 1  # one process speaks
+    assert ran.stdout.count("decoded 4 prompts") == 4  # of 7: exact and summary, twice
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
