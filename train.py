@@ -233,7 +233,8 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; must be one of {', '.join(allowed)}"
+                    f"{name} is {getattr(self, name)!r}; must be one of "
+                    f"{', '.join(filter(None, allowed))}"
                 )
         if self.top_p is None:
             self.top_p = DEFAULT_TOP_P[self.score]
@@ -811,7 +812,9 @@ def run_eval_sets(
     """Evaluates every set once, and keeps completions and means in output_dir/eval/."""
     means_path = output / "eval" / f"{when}.json"
     if means_path.exists():
-        return read_json(means_path)
+        means = read_json(means_path)
+        if isinstance(means, dict) and means.keys() == {*config.eval_sets}:
+            return means
     means = {}
     for i, entry in enumerate(config.eval_sets, 1):
         task, _, path = entry.partition(":")
@@ -988,8 +991,11 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
     inputs = read_inputs(config)
     output = Path(config.output_dir)
     if (output / "results.json").exists() and not config.overwrite:
+        results = read_json(output / "results.json")
+        if not isinstance(results, dict) or "after" not in results:
+            raise ValueError(f"{output}/results.json: is no run's; without it the run ends again")
         print(f"{output} holds the finished run; --overwrite true starts anew")
-        return read_json(output / "results.json")
+        return results
     with locked(output), saying_what_is_kept(config):
         return run(config, inputs, parallel)
 

@@ -174,6 +174,19 @@ def linear_layers(checkpoint):
     return [module for module in modules if isinstance(module, torch.nn.Linear)]
 
 
+def test_files_of_results_that_somebody_edited(checkpoint, chat_file, tmp_path):
+    config = settings(checkpoint, chat_file, tmp_path / "run", eval_sets=[f"loss:{chat_file}"])
+    expected = train(config)
+    (tmp_path / "run/results.json").write_text("[]")
+    with pytest.raises(ValueError, match="run/results.json: is no run's"):
+        train(config)
+    (tmp_path / "run/results.json").unlink()
+    for when in ("before", "after"):  # evaluated again
+        (tmp_path / f"run/eval/{when}.json").write_text("[]")
+    results = train(config)
+    assert (results["before"], results["after"]) == (expected["before"], expected["after"])
+
+
 def test_paths_and_checkpointing_give_the_same_run(checkpoint, chat_file, tmp_path):
     runs = []
     for i, changes in enumerate(
