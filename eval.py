@@ -647,7 +647,8 @@ NUMBER = r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?"
 def final_number(text: str) -> Decimal | None:
     """The number in the last \\boxed{}, else behind the last ####, else the last of the text."""
     text = text.lstrip().split("\nQuestion:")[0]  # a base model goes on with the next one
-    text = text.replace("{,}", "").replace("\\!", "")  # how TeX sets thousands apart
+    for tex, plain in (("{,}", ""), ("\\!", ""), ("\\$", "$"), ("\u2212", "-")):
+        text = text.replace(tex, plain)
     if "\\boxed{" in text:
         found = re.search(NUMBER, text.rpartition("\\boxed{")[2])
         return number(found.group()) if found else None
@@ -677,7 +678,7 @@ def score_trivia(prediction: str, answers: list[str]) -> int:
 
 
 STOPS = r"\n(?=class |def |@|#|if |print\(|```)"  # where a continuation of a function ends
-FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"(?<!\S)```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 INDENTED = re.compile(r"(?:[ \t]*\n)*(?:\t|  )[ \t]*[^\s`]")  # the first line of code is
 
 
@@ -693,7 +694,7 @@ def program(example: dict) -> str:
     blocks = [
         block
         for language, block in FENCE.findall(text)
-        if language.strip().lower() in ("", "py", "python", "python3")
+        if language.lower() in ("", "py", "python", "python3")
     ]
     whole = [b for b in map(textwrap.dedent, blocks) if defines.search(b)]
     if blocks:
@@ -723,7 +724,9 @@ Candidate:
 
 Reply with one line and nothing else, in this form: Total score: N"""
 POINTS = re.compile(
-    r"(?:total score|总分)(?: *\([^)]*\))?[^\d-]{0,8}?(\d+(?:\.\d+)?)", re.IGNORECASE
+    r"(?:total score|总分)\s*(?:[(（\[][^)）\]]*[)）\]])?\s*"  # a bracket may name the scale
+    r"(?:is|是|为)?\s*[:：=]?\s*[(\[]?(\d+(?:\.\d+)?)",
+    re.IGNORECASE,
 )
 BARE_POINTS = re.compile(r"\s*(?:score\s*:?\s*)?(\d+(?:\.\d+)?)(?:\s*/\s*10)?[\s.]*", re.IGNORECASE)
 JUDGE_SECONDS = 120.0  # that one request may take
@@ -778,6 +781,7 @@ class Judge:
     def points(self, texts: list[str]) -> list[float | None]:
         """The points of each text out of 10, divided by 10; None where the judge could not be had
         or its reply is unreadable. Raises JudgeError."""
+        self.lost = 0
         known = {self.digest(text): text for text in texts}
         missing = [d for d in known if read_points(self.known.get(d)) is None]
         if missing and self.url:
@@ -1268,20 +1272,29 @@ class Evaluation:
                 with suppress(ValueError):
                     example = check_saved(row, self.task, str(path))
                     number = n if whole else row.get("number")
-                    if number in range(len(self.examples)):
+                    if number in range(len(self.examples)) and self.asked(number, example):
                         found[number] = example
         return found
 
-    def wanted(self, answered: dict[int, dict]) -> range:
-        """Which examples are evaluated: the first `limit`, or as many as were before."""
+    def asked(self, number: int, saved: dict) -> bool:
+        """Whether a saved example is that one."""
+        fields = ("prompt", "raw_answers", "choices", "test")
+        return all(self.examples[number].get(name) == saved.get(name) for name in fields)
+
+    def wanted(self) -> range:
+        """Which examples are evaluated: the first `limit`, or as many as the file holds."""
         everything = len(self.examples)
-        return range(max(min(self.limit or everything, everything), max(answered, default=-1) + 1))
+        held = 0
+        if self.file.exists():
+            held = self.file.read_text("utf-8", errors="replace").count("\n")
+        return range(min(max(self.limit or everything, held), everything))
 
     def differing(self, results: dict) -> list[str]:
         """Of what is there, of this file: what says that other settings or data made it."""
-        made = [results[self.name].get("identity")] if self.name in results else []
+        entry = results.get(self.file.name)
+        made = [entry.get("identity")] if entry else []
         made += [read_line(first_line(path)) for path in self.parts()]
-        if self.file.exists() and self.name not in results:
+        if self.file.exists() and not entry:
             return [f"{self.file}: was not written by such a command"]
         return [
             f"{self.file}: was made with another {key} ({theirs.get(key)!r:.60}, now {mine!r:.60})"
@@ -1309,15 +1322,15 @@ def complete(
 ) -> list[dict]:
     """Answers the examples that no earlier run answered, split over the processes; all of them are
     in the file and the parts then. Returns them to the first process."""
-    done = e.answered()
-    wanted, done = ranks.first((e.wanted(done), set(done)))
-    if done:
-        print(f"{e.name}: {len(done)} of {len(wanted)} answered before", flush=True)
+    wanted, done = ranks.first((e.wanted(), set(e.answered())) if ranks.rank == 0 else None)
+    if before := len(done.intersection(wanted)):
+        print(f"{e.name}: {before} of {len(wanted)} answered before", flush=True)
     if mine := [n for n in wanted if n not in done][ranks.rank :: ranks.world]:
         with open(f"{e.file}.rank{ranks.rank}.part", "a", encoding="utf-8") as out:
             if out.tell() == 0:
                 out.write(json.dumps(e.identity))
             out.write("\n")  # ends the first line, or one that a kill cut off
+            out.flush()
             examples, spoken = [e.examples[n] for n in mine], time.monotonic()
             answers = PREDICTIONS[TASKS[e.task].kind](
                 model, ask, examples, e.max_new_tokens, batch_size
@@ -1360,8 +1373,8 @@ def show(value: float | None) -> str:
 
 
 def table(evaluations: list[Evaluation], results: dict[str, Result]) -> str:
-    """Lines: a row for the base and each adapter, a column for each task with its main metric, and
-    the mean of those that are no loss."""
+    """Lines: a row for the base and each adapter, a column for each task with the main metric that
+    it has for the first of them, and the mean of those that are no loss."""
     variants = list(dict.fromkeys(e.variant for e in evaluations))
     columns = list(dict.fromkeys(e.column for e in evaluations))
     metrics = [next(iter(results[f"{variants[0]} {c}"].metrics)) for c in columns]
@@ -1369,7 +1382,12 @@ def table(evaluations: list[Evaluation], results: dict[str, Result]) -> str:
     lines = [["", *(f"{c} ({metric})" for c, metric in zip(columns, metrics))]]
     lines[0] += ["average"] * (len(averaged) > 1)
     for variant in variants:
-        values = {c: results[f"{variant} {c}"].mean for c in columns}
+        found = [results[f"{variant} {c}"].metrics for c in columns]
+        # A loss is no point: "-" where only the others were judged.
+        values = {
+            c: of[metric] if metric == next(iter(of)) else None
+            for c, of, metric in zip(columns, found, metrics)
+        }
         lines.append([variant, *(show(values[c]) for c in columns)])
         if len(averaged) > 1:
             of = [values[c] for c in averaged]
@@ -1414,8 +1432,9 @@ def plan_evaluations(
     for name, adapter in zip(name_adapters(args.adapter), args.adapter):
         adapter = local_directory(adapter, "adapter")
         read_adapter(adapter, meta)  # refuses a wrong one
+        named = ("expert_cfg.json", "adapter_config.json")
         held = [
-            path for path in sorted(adapter.iterdir()) if path.suffix in (".json", ".safetensors")
+            p for p in sorted(adapter.iterdir()) if p.name in named or p.suffix == ".safetensors"
         ]
         variants.append((name, adapter, hash_files(held)))
     names = [(task, Path(data)) for task, data in zip(args.task, args.data)]
@@ -1464,6 +1483,10 @@ def run(args: argparse.Namespace) -> None:
     elif args.output.is_file():
         raise ValueError(f"{args.output}: is a file; a folder, or NAME.jsonl, is required")
     folder = args.output.parent if single else args.output
+    if single and (folder / "results.json").exists():
+        results = read_json(folder / "results.json")
+        if isinstance(results, dict) and args.output.name in results:
+            raise ValueError(f"{args.output}: belongs to {folder}/results.json; give that folder")
     check_device(args.device)
     base = local_directory(args.model)
     ModelConfig.from_json(base / "config.json")  # refuses what is not supported
@@ -1483,20 +1506,22 @@ def evaluate_all(
     ranks: Ranks,
 ) -> None:
     """`run`, once everything is known and the folder is held."""
-    saved = read_results(results_file)
-    if ranks.rank == 0:
-        check_outputs(args, evaluations, saved)
+    saved = read_results(results_file) if ranks.rank == 0 else {}
     named = {e.name: name_judge(args, e, saved) for e in evaluations}
     judges = {name: judge_beside(results_file, *name) for name in {*named.values()} - {None}}
     if ranks.rank == 0:
+        differing = check_outputs(args, evaluations, saved)
         for judge in judges.values():
             judge.check()
+        delete_evaluations(differing, saved, results_file)
     model, present, results = None, None, {}
     for e in evaluations:
         judge = judges.get(named[e.name])
-        begin, done = time.perf_counter(), e.answered()
-        examples = [done[n] for n in e.wanted(done) if n in done]
-        if ranks.first(len(examples) < len(e.wanted(done))):
+        begin, examples = time.perf_counter(), []
+        if ranks.rank == 0:
+            done = e.answered()
+            examples = [done[n] for n in e.wanted() if n in done]
+        if ranks.first(ranks.rank == 0 and len(examples) < len(e.wanted())):
             if model is None:
                 model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
             if e.adapter != present:  # the base comes first, without one
@@ -1507,10 +1532,11 @@ def evaluate_all(
             print(f"{e.name}: {len(examples)} answered before, in {e.file}")
         if ranks.rank == 0:
             result = score(e.task, examples, judge)
-            saved[e.name] = entry_of(e, result, judge)
+            unneeded = e.answered().keys() <= set(range(len(examples)))
+            saved[e.file.name] = entry_of(e, result, judge)
             write_json(results_file, saved, indent=2)  # first: the file is known by its entry
             write_records(e.file, result.records)
-            for path in e.parts():
+            for path in e.parts() if unneeded else []:  # a larger --limit needs them
                 path.unlink()
             results[e.name] = result
             seconds = time.perf_counter() - begin
@@ -1519,24 +1545,40 @@ def evaluate_all(
         finish(evaluations, results, results_file)
 
 
-def check_outputs(args: argparse.Namespace, evaluations: list[Evaluation], saved: dict) -> None:
-    """Raises ValueError for a file that this command reads, or that other settings or data made;
-    with --overwrite, the latter are deleted."""
+def check_outputs(
+    args: argparse.Namespace, evaluations: list[Evaluation], saved: dict
+) -> list[Evaluation]:
+    """The evaluations of whose files something is there that other settings or data made. Raises
+    ValueError for that without --overwrite, and for a file that this command reads."""
+    differing = []
     for e in evaluations:
         check_output_file(e.file, args.data)
-        if (reasons := e.differing(saved)) and not args.overwrite:
-            raise ValueError(f"{reasons[0]}; name another --output, or give --overwrite")
-        if reasons:
-            saved.pop(e.name, None)
-            for path in (*e.parts(), e.file):
-                path.unlink(missing_ok=True)
+        for path in e.parts():
+            if read_line(first_line(path)) is None:  # killed before the first answer
+                path.unlink()
+        if reasons := e.differing(saved):
+            differing.append(e)
+            if not args.overwrite:
+                raise ValueError(f"{reasons[0]}; name another --output, or give --overwrite")
+    return differing
+
+
+def delete_evaluations(evaluations: list[Evaluation], saved: dict, results_file: Path) -> None:
+    """Their files, once nothing says any more that these are of another evaluation."""
+    for e in evaluations:
+        saved.pop(e.file.name, None)
+    if evaluations:
+        write_json(results_file, saved, indent=2)
+    for e in evaluations:
+        for path in (*e.parts(), e.file):
+            path.unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> dict:
-    """results.json of earlier runs, "variant column" -> `entry_of`."""
+    """results.json of earlier runs, file -> `entry_of`."""
     saved = read_json(path) if path.exists() else {}
     if not isinstance(saved, dict) or not all(isinstance(v, dict) for v in saved.values()):
-        raise ValueError(f"{path}: not a results file of eval.py; move it away")
+        raise ValueError(f"{path}: not a results file of eval.py; name another folder")
     return saved
 
 
@@ -1546,7 +1588,6 @@ def entry_of(e: Evaluation, result: Result, judge: Judge | None) -> dict:
         "adapter": e.adapter and str(e.adapter),
         "task": e.task,
         "data": str(e.data),
-        "file": e.file.name,
         "metrics": result.metrics,
         "count": result.count,
         "unit": result.unit,
@@ -1563,7 +1604,7 @@ def name_judge(args: argparse.Namespace, e: Evaluation, saved: dict) -> tuple[st
     before, whose replies are kept: without an address it is not asked again."""
     if TASKS[e.task].kind != "judged":
         return None
-    model = args.judge_model or saved.get(e.name, {}).get("judge")
+    model = args.judge_model or saved.get(e.file.name, {}).get("judge")
     return (args.judge_url or "", model) if model else None
 
 
@@ -1648,6 +1689,8 @@ def rescore(path: str | Path, task: str, judge: Judge | None = None) -> tuple[Re
 def rescore_command(args: argparse.Namespace) -> None:
     if args.output:
         check_output_file(args.output, [args.rescore])
+        if args.output.exists() and not args.overwrite:
+            raise ValueError(f"{args.output}: is there already; name another, or give --overwrite")
     judge = None
     if args.judge_url:
         judge = judge_beside(Path(args.rescore), args.judge_url, args.judge_model)
@@ -1729,7 +1772,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace evaluations in --output that other settings, adapters or data made",
+        help="replace what other settings, adapters or data made of --output",
     )
     parser.add_argument(
         "--limit",
@@ -1760,7 +1803,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error("--rescore: a file of task loss holds no completions; use --model")
         if TASKS[args.task[0]].kind == "judged" and not args.judge_url:
             parser.error(f"--rescore of {args.task[0]} needs --judge_url and --judge_model")
-        only_with_a_model = "data adapter base limit plain overwrite chat_format max_new_tokens"
+        only_with_a_model = "data adapter base limit plain chat_format max_new_tokens"
         for name in f"{only_with_a_model} device dtype".split():
             if getattr(args, name):
                 parser.error(f"--rescore takes no --{name}")

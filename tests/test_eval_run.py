@@ -101,11 +101,13 @@ def test_one_load_serves_base_and_adapters(
     assert "no judge was asked" in printed
 
     results = json.loads((tmp_path / "all/results.json").read_text())
-    assert len(results) == 12 and results["base loss"]["metrics"].keys() == {
+    assert len(results) == 12 and results["base.loss.jsonl"]["metrics"].keys() == {
         "loss",
         "token accuracy",
     }
-    losses = [results[f"{name} loss"]["metrics"]["loss"] for name in ("base", "first", "second")]
+    losses = [
+        results[f"{name}.loss.jsonl"]["metrics"]["loss"] for name in ("base", "first", "second")
+    ]
     assert len(set(losses)) == 3
     # Each alone gives the same files.
     for name, more in (("base", []), ("second", ["--adapter", adapters[1]])):
@@ -166,8 +168,10 @@ def test_a_spoiled_part_is_answered_again(line, checkpoint, data, tmp_path, monk
     run(monkeypatch, *args)
     whole = files(tmp_path / "out[1]")
     file = tmp_path / "out[1]/base.exact.jsonl"
-    (rows, entry) = (whole["base.exact.jsonl"], whole["results.json"]["base exact"])
-    identity = json.loads((tmp_path / "out[1]/results.json").read_text())["base exact"]["identity"]
+    rows, entry = whole["base.exact.jsonl"], whole["results.json"]["base.exact.jsonl"]
+    identity = json.loads((tmp_path / "out[1]/results.json").read_text())["base.exact.jsonl"][
+        "identity"
+    ]
     assert len(rows) == 7 and entry["count"] == 7
     file.rename(file.with_name(f"{file.name}.rank0.part"))
     (tmp_path / "out[1]/results.json").unlink()
@@ -209,6 +213,64 @@ def test_what_another_model_or_command_made_is_refused(
         (out / "results.json").write_text(content)
         with pytest.raises(SystemExit, match="results.json: not"):
             run(monkeypatch, *args)
+
+
+def test_a_file_that_another_evaluation_took_is_not_taken_for_this_one(
+    checkpoint, data, adapters, tmp_path, monkeypatch
+):
+    output = tmp_path / "one.jsonl"
+    exact = arguments(checkpoint, data, output, tasks=["exact"])
+    run(monkeypatch, *exact)
+    with pytest.raises(SystemExit, match="was made with another task"):
+        run(monkeypatch, *arguments(checkpoint, data, output, tasks=["choice"]))
+    run(monkeypatch, *arguments(checkpoint, data, output, "--overwrite", tasks=["choice"]))
+    with pytest.raises(SystemExit, match="was made with another task"):
+        run(monkeypatch, *exact)
+    run(monkeypatch, *exact, "--overwrite", "--adapter", str(adapters[0]))
+    with pytest.raises(SystemExit, match="was made with another adapter"):
+        run(monkeypatch, *exact)
+    folder = arguments(checkpoint, data, tmp_path / "out", tasks=["exact"])
+    run(monkeypatch, *folder)
+    inside = arguments(checkpoint, data, tmp_path / "out/base.exact.jsonl", tasks=["exact"])
+    with pytest.raises(SystemExit, match="belongs to .*results.json; give that folder"):
+        run(monkeypatch, *inside, "--overwrite")
+    rescored = ["--rescore", str(tmp_path / "out/base.exact.jsonl"), "--task", "exact"]
+    with pytest.raises(SystemExit, match="is there already"):
+        run(monkeypatch, *rescored, "--output", str(output))
+    # A line that was deleted by hand is answered again; the others keep their places.
+    file = tmp_path / "out/base.exact.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    run(monkeypatch, *folder)
+    assert file.read_text() == whole
+
+
+def test_a_kill_before_the_first_answer_or_after_overwriting_loses_nothing(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    out, kind = tmp_path / "out", evaluation.TASKS["exact"].kind
+    args = arguments(checkpoint, data, out, tasks=["exact"])
+    out.mkdir()
+    (out / "base.exact.jsonl.rank0.part").write_text("")  # killed before the first line
+    run(monkeypatch, *args)
+    predict = evaluation.PREDICTIONS[kind]
+
+    def predict_three(*given):
+        for number, answered in enumerate(predict(*given)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield answered
+
+    other = [*args, "--max_new_tokens", "4"]
+    monkeypatch.setitem(evaluation.PREDICTIONS, kind, predict_three)
+    with pytest.raises(SystemExit, match="130"):
+        run(monkeypatch, *other, "--overwrite")
+    asked = []
+    monkeypatch.setitem(
+        evaluation.PREDICTIONS, kind, lambda m, a, e, *s: asked.extend(e) or predict(m, a, e, *s)
+    )
+    run(monkeypatch, *other)  # with or without the flag
+    assert len(asked) == 4
 
 
 def test_one_command_at_a_time_writes_to_a_folder(checkpoint, data, tmp_path, monkeypatch):
@@ -284,7 +346,7 @@ def test_a_limit_takes_the_first_and_more_continue(checkpoint, data, tmp_path, m
         words = [row["example"]["raw_answers"][0] for row in rows]
         assert words == ["ab", "cd", "efg", "h", "ijkl"][:answered]
     assert "3 of 5 answered before" in capsys.readouterr().out
-    assert json.loads((tmp_path / "look.results.json").read_text())["base exact"]["count"] == 5
+    assert json.loads((tmp_path / "look.results.json").read_text())["look.jsonl"]["count"] == 5
     run(monkeypatch, *args)
     run(monkeypatch, *arguments(checkpoint, data, tmp_path / "whole.jsonl", tasks=["exact"]))
     assert output.read_text() == (tmp_path / "whole.jsonl").read_text()

@@ -166,6 +166,8 @@ def test_a_judge_that_is_not_there_is_given_up(tmp_path, monkeypatch):
     judge = Judge("http://127.0.0.1:9/v1", "judge-1", "", tmp_path / "judge.jsonl")
     assert judge.points([f"{n}" for n in range(100)]) == [None] * 100
     assert len(tries) <= 2 * 2 * evaluation.JUDGE_REQUESTS
+    monkeypatch.setattr(Judge, "request", lambda self, text: "Total score: 5")
+    assert judge.points(["0", "1"]) == [0.5, 0.5]  # back for the next evaluation
 
 
 def test_points_are_kept_where_no_judge_is_asked(server, tmp_path, monkeypatch, checkpoint):
@@ -177,7 +179,7 @@ def test_points_are_kept_where_no_judge_is_asked(server, tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", [*command, "--judge_url", server.url, "--judge_model", "m"])
     evaluation.main()
     first = (out / "results.json").read_text()
-    assert json.loads(first)["base law"]["metrics"]["points"] == 0.5
+    assert json.loads(first)["base.law.jsonl"]["metrics"]["points"] == 0.5
     monkeypatch.setattr(Judge, "request", lambda *_: pytest.fail("asked"))
     monkeypatch.setattr("sys.argv", command)
     evaluation.main()
