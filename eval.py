@@ -298,6 +298,7 @@ class Ask:
 
     tokenizer: Tokenizer
     plain: bool = False
+    context: int | None = None  # tokens that the model was made for
 
     def __call__(self, chat: str, plain: str) -> str:
         if self.plain:
@@ -973,6 +974,12 @@ def predict_text(
     tokenizer = ask.tokenizer
     prompts = tokenizer.encode_all([example["prompt"] for example in examples])
     prompts = [[tokenizer.bos_id, *ids] for ids in prompts]
+    if too_long := sum(len(ids) > (ask.context or len(ids)) for ids in prompts):
+        print(
+            f"{too_long} of {len(prompts)} prompts are longer than the {ask.context} tokens of "
+            "max_position_embeddings; their answers mean little",
+            flush=True,
+        )
     sizes = max_new_tokens, tokenizer.eos_id, batch_size
     for batch, rows in generate_batches(model, prompts, *sizes):
         for i, row in zip(batch, rows):
@@ -1490,7 +1497,9 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     base = local_directory(args.model)
     ModelConfig.from_json(base / "config.json")  # refuses what is not supported
-    ask = Ask(load_tokenizer(base, args.chat_format), args.plain)
+    context = read_json(base / "config.json").get("max_position_embeddings")
+    context = context if isinstance(context, int) else None
+    ask = Ask(load_tokenizer(base, args.chat_format), args.plain, context)
     evaluations = plan_evaluations(args, ask, base, choose_dtype(args.dtype, args.device))
     with locked(folder) if ranks.rank == 0 else nullcontext():
         results_file = folder / (f"{args.output.stem}.results.json" if single else "results.json")

@@ -273,6 +273,14 @@ def test_a_kill_before_the_first_answer_or_after_overwriting_loses_nothing(
     assert len(asked) == 4
 
 
+def test_prompts_that_are_too_long_are_counted(checkpoint, data, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "a" * n, "raw_answers": ["b"]} for n in (10, 3000)]
+    data["exact"].write_text("\n".join(map(json.dumps, rows)))
+    run(monkeypatch, *arguments(checkpoint, data, tmp_path / "out", tasks=["exact"]))
+    context = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
+    assert f"1 of 2 prompts are longer than the {context} tokens" in capsys.readouterr().out
+
+
 def test_one_command_at_a_time_writes_to_a_folder(checkpoint, data, tmp_path, monkeypatch):
     with locked(tmp_path / "out"):
         with pytest.raises(SystemExit, match="out: another process is writing there"):
