@@ -93,15 +93,12 @@ def generate(
     max_new_tokens: int,
     eos_id: int,
     batch_size: int = 64,
-    compiled: bool | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of prompts of any lengths, in their order, without the `eos_id` that
-    ends them. A row of a batch does not depend on the others. `compiled`: see `generate_batches`.
-    Raises ValueError for an empty prompt."""
+    ends them. A row of a batch does not depend on the others. Raises ValueError for an empty
+    prompt."""
     completions: list[list[int]] = [[] for _ in prompts]
-    for batch, rows in generate_batches(
-        model, prompts, max_new_tokens, eos_id, batch_size, compiled
-    ):
+    for batch, rows in generate_batches(model, prompts, max_new_tokens, eos_id, batch_size):
         for i, row in zip(batch, rows):
             completions[i] = row
     return completions
@@ -113,22 +110,19 @@ def generate_batches(
     prompts: list[list[int]],
     max_new_tokens: int,
     eos_id: int,
-    batch_size: int = 64,
-    compiled: bool | None = None,
+    batch_size: int,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """`generate`, batch by batch: the numbers of the prompts, and their continuations. Prompts of
-    like length share a batch. `compiled`: the step goes through torch.compile; None: where a GPU
-    has so many steps ahead that this pays."""
+    like length share a batch. The step is compiled where a GPU has so many ahead that this pays."""
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([])} is empty; at least one token is required")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     on_gpu = model.lm_head.weight.is_cuda
-    if compiled is None:
-        large = sum(p.numel() for p in model.parameters()) > 1e9
-        compiled = on_gpu and large and len(batches) * max_new_tokens >= COMPILED_STEPS
-        if compiled:
-            print("decoding: the step is compiled first, for 10 to 60 seconds", flush=True)
+    large = sum(p.numel() for p in model.parameters()) > 1e9
+    compiled = on_gpu and large and len(batches) * max_new_tokens >= COMPILED_STEPS
+    if compiled:
+        print("decoding: the step is compiled first, for 10 to 60 seconds", flush=True)
     decoder, new, begin = None, 0, time.perf_counter()
     with tqdm(total=len(prompts), desc="decode", unit="prompt", leave=False, disable=None) as bar:
         for batch in batches:
@@ -1324,24 +1318,24 @@ def read_line(line: str):
         return None
 
 
-def complete(
-    e: Evaluation, model: Transformer, ask: Ask, batch_size: int, ranks: Ranks
-) -> list[dict]:
-    """Answers the examples that no earlier run answered, split over the processes; all of them are
-    in the file and the parts then. Returns them to the first process."""
-    wanted, done = ranks.first((e.wanted(), set(e.answered())) if ranks.rank == 0 else None)
-    if before := len(done.intersection(wanted)):
-        print(f"{e.name}: {before} of {len(wanted)} answered before", flush=True)
-    if mine := [n for n in wanted if n not in done][ranks.rank :: ranks.world]:
+def answer(
+    e: Evaluation,
+    missing: list[int],
+    model: Transformer,
+    ask: Ask,
+    batch_size: int,
+    ranks: Ranks,
+) -> None:
+    """Answers the missing examples, split over the processes, into the parts."""
+    if mine := missing[ranks.rank :: ranks.world]:
         with open(f"{e.file}.rank{ranks.rank}.part", "a", encoding="utf-8") as out:
             if out.tell() == 0:
                 out.write(json.dumps(e.identity))
             out.write("\n")  # ends the first line, or one that a kill cut off
             out.flush()
             examples, spoken = [e.examples[n] for n in mine], time.monotonic()
-            answers = PREDICTIONS[TASKS[e.task].kind](
-                model, ask, examples, e.max_new_tokens, batch_size
-            )
+            predict = PREDICTIONS[TASKS[e.task].kind]
+            answers = predict(model, ask, examples, e.max_new_tokens, batch_size)
             for count, (i, example) in enumerate(answers, 1):
                 out.write(json.dumps({"number": mine[i], "example": example}) + "\n")
                 out.flush()
@@ -1349,15 +1343,6 @@ def complete(
                     spoken = time.monotonic()
                     print(f"{e.name}: {count} of {len(mine)} answered", flush=True)
     ranks.wait()
-    if ranks.rank > 0:
-        return []
-    done = e.answered()
-    if missing := [n for n in wanted if n not in done]:
-        raise OSError(
-            f"{e.file}: {len(missing)} answers of other processes are missing beside it; all "
-            "processes must write to the same folder"
-        )
-    return [done[n] for n in wanted]
 
 
 def write_records(path: str | Path, records: list[dict]) -> None:
@@ -1479,21 +1464,29 @@ def plan_evaluations(
     return evaluations
 
 
+def check_output(args: argparse.Namespace) -> Path:
+    """Where the results go: results.json in the folder --output, or beside the file --output,
+    NAME.jsonl, NAME.results.json. Raises ValueError where they cannot."""
+    output = args.output
+    if output.suffix != ".jsonl":
+        if output.is_file():
+            raise ValueError(f"{output}: is a file; a folder, or NAME.jsonl, is required")
+        return output / "results.json"
+    check_output_file(output, args.data)
+    if max(len(args.adapter) + args.base, 1) * len(args.task) > 1:
+        raise ValueError(f"--output is {output}; for several evaluations, name a folder")
+    of_folder = output.with_name("results.json")
+    if of_folder.exists():
+        results = read_json(of_folder)
+        if isinstance(results, dict) and output.name in results:
+            raise ValueError(f"{output}: belongs to {of_folder}; give that folder")
+    return output.with_name(f"{output.stem}.results.json")
+
+
 def run(args: argparse.Namespace) -> None:
     """Answers, scores and writes all that the command line asks for, and prints the table."""
     ranks = Ranks()
-    single = args.output.suffix == ".jsonl"
-    if single:
-        check_output_file(args.output, args.data)
-        if max(len(args.adapter) + args.base, 1) * len(args.task) > 1:
-            raise ValueError(f"--output is {args.output}; for several evaluations, name a folder")
-    elif args.output.is_file():
-        raise ValueError(f"{args.output}: is a file; a folder, or NAME.jsonl, is required")
-    folder = args.output.parent if single else args.output
-    if single and (folder / "results.json").exists():
-        results = read_json(folder / "results.json")
-        if isinstance(results, dict) and args.output.name in results:
-            raise ValueError(f"{args.output}: belongs to {folder}/results.json; give that folder")
+    results_file = check_output(args)
     check_device(args.device)
     base = local_directory(args.model)
     ModelConfig.from_json(base / "config.json")  # refuses what is not supported
@@ -1501,8 +1494,7 @@ def run(args: argparse.Namespace) -> None:
     context = context if isinstance(context, int) else None
     ask = Ask(load_tokenizer(base, args.chat_format), args.plain, context)
     evaluations = plan_evaluations(args, ask, base, choose_dtype(args.dtype, args.device))
-    with locked(folder) if ranks.rank == 0 else nullcontext():
-        results_file = folder / (f"{args.output.stem}.results.json" if single else "results.json")
+    with locked(results_file.parent) if ranks.rank == 0 else nullcontext():
         evaluate_all(args, evaluations, base, ask, results_file, ranks)
 
 
@@ -1525,33 +1517,52 @@ def evaluate_all(
         delete_evaluations(differing, saved, results_file)
     model, present, results = None, None, {}
     for e in evaluations:
-        judge = judges.get(named[e.name])
-        begin, examples = time.perf_counter(), []
-        if ranks.rank == 0:
-            done = e.answered()
-            examples = [done[n] for n in e.wanted() if n in done]
-        if ranks.first(ranks.rank == 0 and len(examples) < len(e.wanted())):
+        begin = time.perf_counter()
+        done = e.answered() if ranks.rank == 0 else {}
+        wanted = ranks.first(e.wanted() if ranks.rank == 0 else None)
+        missing = ranks.first([n for n in wanted if n not in done])
+        if before := len(wanted) - len(missing):
+            print(f"{e.name}: {before} of {len(wanted)} answered before", flush=True)
+        if missing:
             if model is None:
                 model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
             if e.adapter != present:  # the base comes first, without one
                 load_adapter(model, e.adapter)
                 present = e.adapter
-            examples = complete(e, model, ask, args.batch_size, ranks)
-        else:
-            print(f"{e.name}: {len(examples)} answered before, in {e.file}")
+            answer(e, missing, model, ask, args.batch_size, ranks)
+            done = e.answered() if ranks.rank == 0 else {}
         if ranks.rank == 0:
-            result = score(e.task, examples, judge)
-            unneeded = e.answered().keys() <= set(range(len(examples)))
-            saved[e.file.name] = entry_of(e, result, judge)
-            write_json(results_file, saved, indent=2)  # first: the file is known by its entry
-            write_records(e.file, result.records)
-            for path in e.parts() if unneeded else []:  # a larger --limit needs them
-                path.unlink()
-            results[e.name] = result
+            results[e.name] = conclude(
+                e, wanted, done, judges.get(named[e.name]), saved, results_file
+            )
             seconds = time.perf_counter() - begin
-            print(f"{e.name}: {describe(result)}, {seconds:,.1f} s", flush=True)
+            print(f"{e.name}: {describe(results[e.name])}, {seconds:,.1f} s", flush=True)
     if ranks.rank == 0:
         finish(evaluations, results, results_file)
+
+
+def conclude(
+    e: Evaluation,
+    wanted: range,
+    done: dict[int, dict],
+    judge: Judge | None,
+    saved: dict,
+    results_file: Path,
+) -> Result:
+    """Scores and writes an evaluation. Raises OSError if answers are missing."""
+    if lost := [n for n in wanted if n not in done]:
+        raise OSError(
+            f"{e.file}: {len(lost)} answers of other processes are missing beside it; all "
+            "processes must write to the same folder"
+        )
+    result = score(e.task, [done[n] for n in wanted], judge)
+    saved[e.file.name] = entry_of(e, result, judge)
+    write_json(results_file, saved, indent=2)  # first: the file is known by its entry
+    write_records(e.file, result.records)
+    if done.keys() <= set(wanted):  # else a larger --limit needs the parts
+        for path in e.parts():
+            path.unlink()
+    return result
 
 
 def check_outputs(
@@ -1678,7 +1689,7 @@ def check_saved(row: dict, task: str, where: str) -> dict:
         if not all(map(str.strip, choices)):
             raise ValueError(f"{where}: field choices holds an empty one")
         if not isinstance(example.get("subject", ""), str):
-            raise ValueError(f"{where}: field subject is {example['subject']!r:.60}; a string is")
+            raise ValueError(f"{where}: field subject is {example['subject']!r:.60}; not a string")
         if example["raw_answers"][0] not in choices:
             raise ValueError(f"{where}: field raw_answers[0] is none of the choices")
     return example
