@@ -599,6 +599,26 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return indices.clamp(max=len(ids) - 1)  # of NaN: any, but one that is there
 
 
+class RouterProduct(torch.autograd.Function):
+    """x (N, D) times weight (E, D) -> (N, E) float32, as of float32 factors: products of bfloat16
+    numbers are exact, and a GPU sums them up in float32 without copies of the factors."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight.float()).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = (dy.T @ x.float()).to(x.dtype)
+        return dx, dweight
+
+
 class Gate(nn.Module):
     """Which K experts a token uses, with what weight (DeepSeekMoE, eq. 10; DeepSeek-V2, eq. 22;
     DeepSeek-V3, eq. 13 to 16)."""
@@ -626,6 +646,8 @@ class Gate(nn.Module):
         # In float32: near ties decide the routing.
         if compiling_for_few(x):
             logits = (x[:, None].float() * self.weight.float()).sum(-1)
+        elif x.is_cuda and x.dtype == torch.bfloat16:
+            logits = RouterProduct.apply(x, self.weight)
         else:
             logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
@@ -652,10 +674,11 @@ def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     """indices (N, K) -> order and its inverse (S,): slots sorted by expert, ties in order of the
     tokens; and where each expert's slots end in that order, int32 (E,). Slot s belongs to token
     s // K."""
-    experts, order = indices.flatten().sort(stable=True)
+    # Short keys sort faster.
+    experts, order = indices.flatten().to(torch.int16).sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    ids = torch.arange(n_experts, device=order.device)
+    ids = torch.arange(n_experts, dtype=torch.int16, device=order.device)
     return order, inverse, torch.searchsorted(experts, ids, right=True).int()
 
 
@@ -679,28 +702,73 @@ def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Ten
     return (out[inverse].view(N, K, -1) * weights[..., None]).sum(1).to(x.dtype)
 
 
-def experts_grouped(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+Stacks = tuple[Tensor, Tensor, Tensor]
+
+
+class TrainedStack(torch.autograd.Function):
+    """The first experts of a stack as one tensor; its gradient goes on, in pieces that are views,
+    to the parameters that lie there. None stands for a place without one."""
+
+    @staticmethod
+    def forward(ctx, stack, length, *parameters):
+        ctx.shape = next(p.shape for p in parameters if p is not None)
+        ctx.there = [p is not None for p in parameters]
+        return stack[:length]
+
+    @staticmethod
+    def backward(ctx, dstack):
+        pieces = dstack.reshape(-1, *ctx.shape)[: len(ctx.there)].unbind()
+        return None, None, *(piece if there else None for piece, there in zip(pieces, ctx.there))
+
+
+def count_trained(moe: "MoE") -> int:
+    """How many experts, from the front of the stacks, hold all that want a gradient; none without
+    grad mode."""
+    if not torch.is_grad_enabled():
+        return 0
+    wanted = [any(p.requires_grad for p in expert) for expert in moe.stacked]
+    return max((place for place, wants in enumerate(wanted, 1) if wants), default=0)
+
+
+def trained_stacks(moe: "MoE", length: int = 0) -> Stacks | None:
+    """For `experts_grouped`: the first experts of gate_up and of down, as leaves' views that want a
+    gradient, and the place (1,) of the last of them that is trained; None if there is none. With a
+    `length`, the stacks have so many experts in every layer, so that one graph serves all."""
+    count = count_trained(moe)
+    if not count:
+        return None
+    length = max(length, count)
+    gates, ups, downs = zip(*moe.stacked[:count])
+    gate_up = TrainedStack.apply(moe.gate_up, length, *(p for two in zip(gates, ups) for p in two))
+    down = TrainedStack.apply(moe.down, length, *downs)
+    return gate_up, down, torch.full((1,), count - 1, device=down.device)
+
+
+def experts_grouped(
+    moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor, trained: Stacks | None = None
+) -> Tensor:
     """The same as `experts_loop`, as grouped products over the stacked experts. A frozen expert
-    costs neither a saved input nor a weight gradient."""
-    if x.is_cuda and len(x) <= FEW_TOKENS and not moe.has_lora and not torch.is_grad_enabled():
+    costs neither a saved input nor a weight gradient, if it stands behind the trained ones in the
+    stacks: `mark_trainable` sees to that. `trained`, of `trained_stacks`, comes from outside of
+    what is compiled, where the experts' own parameters would make each layer another graph."""
+    indices = moe.places[indices]
+    if x.is_cuda and len(x) <= FEW_TOKENS and not moe.lora and not torch.is_grad_enabled():
         # Uncompiled and in bfloat16, grouped products read no more than the chosen experts.
         all_used = indices.numel() >= len(moe.experts)
         if all_used or torch.compiler.is_compiling() or x.dtype != torch.bfloat16:
             return experts_for_few(moe, x, weights, indices)
     order, inverse, ends = sort_by_expert(indices, len(moe.experts))
-    if moe.has_lora:
+    if moe.lora:
         return experts_with_lora(moe, x, weights, order, inverse, ends)
-    trained = []
-    if torch.is_grad_enabled():
-        trained = [e for e, expert in enumerate(moe.experts) if expert.up_proj.weight.requires_grad]
-    parameters = [p for e in trained for p in moe.experts[e].parameters()]
-    return GroupedExperts.apply(
-        x, weights, order, inverse, ends, moe.gate_up, moe.down, trained, *parameters
-    )
+    if trained is None and not torch.compiler.is_compiling():
+        trained = trained_stacks(moe)
+    stacks = moe.gate_up, moe.down, *(trained or (None, None, None))
+    return GroupedExperts.apply(x, weights, order, inverse, ends, *stacks)
 
 
 def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    """What `experts_grouped` returns, without gradients and without sorting the slots."""
+    """What `experts_grouped` returns, without gradients and without sorting the slots; `indices`
+    are places in the stacks."""
     (N, K), E = indices.shape, len(moe.experts)
     if N * K < E and compiling_for_few(x):
         # Compiled, the gathered weights are never written: they go from memory into the sums.
@@ -718,9 +786,15 @@ def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
     return torch.bmm(act.to(x.dtype), moe.down.mT).sum(0)
 
 
+def waits_for_no_count(x: Tensor) -> bool:
+    """Whether numbers of slots stay on the device: on a GPU each one read is a synchronisation, and
+    in what is compiled it would end the graph."""
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
 def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """x (S, A), sorted by expert and ending at `ends` (E,), times stack (E, A, Z) -> (S, Z)."""
-    if x.is_cuda:
+    if waits_for_no_count(x):
         return F.grouped_mm(x, stack, offs=ends)
     # On a CPU torch's own loop takes up to three times as long as this one.
     out = x.new_empty(len(x), stack.shape[-1])
@@ -733,22 +807,26 @@ def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 class GroupedExperts(torch.autograd.Function):
     """Routed experts with a hand-written backward. Saved: the layer's input (not its K copies), the
     gate and up product, the order. The routing weight is multiplied in before the down projection:
-    its gradient is then a row sum, and the down projection's output need not be kept."""
+    its gradient is then a row sum, and the down projection's output need not be kept.
+
+    Weight gradients are one grouped product over the slots of the experts that stand first."""
 
     @staticmethod
-    def forward(ctx, x, weights, order, inverse, ends, gate_up, down, trained, *parameters):
+    def forward(
+        ctx, x, weights, order, inverse, ends, gate_up, down, trained_gate_up, trained_down, last
+    ):
         N, K = weights.shape
         h = grouped_mm(x[order // K], gate_up.mT, ends)  # (S, 2I)
         gate, up = h.float().chunk(2, -1)
         act = F.silu(gate) * up * weights.flatten()[order, None]  # (S, I)
         out = grouped_mm(act.to(x.dtype), down.mT, ends)  # (S, D)
-        ctx.save_for_backward(x, weights, order, inverse, ends, h, gate_up, down)
-        ctx.trained = trained
+        ctx.save_for_backward(x, weights, order, inverse, ends, h, gate_up, down, last)
+        ctx.length = 0 if last is None else len(trained_down)
         return out[inverse].view(N, K, -1).sum(1)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weights, order, inverse, ends, h, gate_up, down = ctx.saved_tensors
+        x, weights, order, inverse, ends, h, gate_up, down, last = ctx.saved_tensors
         (N, K), token = weights.shape, order // weights.shape[1]
         weight = weights.flatten()[order, None]  # (S, 1)
         gate, up = h.float().chunk(2, -1)
@@ -761,18 +839,17 @@ class GroupedExperts(torch.autograd.Function):
         dup = dact * weight * silu
         dgate = dact * weight * up * (sigmoid + silu * (1 - sigmoid))
         dh = torch.cat([dgate, dup], -1).to(x.dtype)
-        dx = None
+        dx = dgate_up = ddown = None
         if ctx.needs_input_grad[0]:
             dx = grouped_mm(dh, gate_up, ends)[inverse].view(N, K, -1).sum(1)
-
-        dparameters = []
-        bounds = [0, *to_list(ends, len(order))] if ctx.trained else []
-        for e in ctx.trained:
-            rows = slice(bounds[e], bounds[e + 1])
+        if ctx.length:
+            # Behind the last that is trained: no slots, so zeros.
+            ends = torch.minimum(ends[: ctx.length], ends[last])
+            rows = slice(None if waits_for_no_count(x) else to_list(ends, len(order))[-1])
             act = (silu[rows] * up[rows] * weight[rows]).to(x.dtype)
-            dparameters += (dh[rows].T @ x[token[rows]]).chunk(2)  # gate_proj, up_proj
-            dparameters.append(dy[rows].T @ act)  # down_proj
-        return dx, dweights, None, None, None, None, None, None, *dparameters
+            dgate_up = grouped_outer(dh[rows], x[token[rows]], ends)
+            ddown = grouped_outer(dy[rows], act, ends)
+        return dx, dweights, None, None, None, None, None, dgate_up, ddown, None
 
 
 def experts_with_lora(
@@ -785,28 +862,52 @@ def experts_with_lora(
     N, K = weights.shape
     slots = x[order // K]  # (S, D)
     w_gate, w_up = moe.gate_up.chunk(2, 1)
-    gate = grouped_lora(slots, w_gate, [e.gate_proj for e in moe.experts], ends)  # (S, I)
-    up = grouped_lora(slots, w_up, [e.up_proj for e in moe.experts], ends)
+    gate = grouped_lora(slots, w_gate, moe.lora.get("gate_proj"), ends)  # (S, I)
+    up = grouped_lora(slots, w_up, moe.lora.get("up_proj"), ends)
     act = F.silu(gate.float()) * up.float() * weights.flatten()[order, None]
-    out = grouped_lora(act.to(x.dtype), moe.down, [e.down_proj for e in moe.experts], ends)
+    out = grouped_lora(act.to(x.dtype), moe.down, moe.lora.get("down_proj"), ends)
     return out[inverse].view(N, K, -1).sum(1)
 
 
-def grouped_lora(x: Tensor, stack: Tensor, linears: list[nn.Linear], ends: Tensor) -> Tensor:
+@dataclass
+class LoraStack:
+    """The A and B of one projection of all experts, by place; zeros where an expert has none. The
+    experts' parameters are views of them."""
+
+    A: Tensor  # (E, rank, in)
+    B: Tensor  # (E, out, rank)
+    linears: list[nn.Linear | None]
+    scaling: float
+
+    def view(self) -> None:
+        """Lets the parameters be views of the stacks."""
+        for place, linear in enumerate(self.linears):
+            if linear is not None:
+                linear.lora_A.weight.data = self.A[place]
+                linear.lora_B.weight.data = self.B[place]
+        carried = [(m.lora_A.weight, m.lora_B.weight) if m else (None, None) for m in self.linears]
+        self.parameters = [*zip(*carried)]
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """A and B, with gradients that go on to the parameters."""
+        if not torch.is_grad_enabled():
+            return self.A, self.B
+        both = zip((self.A, self.B), self.parameters)
+        A, B = (TrainedStack.apply(stack, len(stack), *these) for stack, these in both)
+        return A, B
+
+
+def grouped_lora(x: Tensor, stack: Tensor, lora: LoraStack | None, ends: Tensor) -> Tensor:
     """x (S, A), sorted by expert and ending at `ends` (E,) -> (S, Z): W x + scaling * B A x, the W
-    in stack (E, Z, A). A Linear without LoRA counts as one with zeros."""
+    in stack (E, Z, A)."""
     y = GroupedProduct.apply(x, stack.mT, ends)
-    carriers = [linear for linear in linears if hasattr(linear, "lora_A")]
-    if not carriers:
+    if lora is None:
         return y
-    rank, scaling = carriers[0].lora_A.out_features, carriers[0].lora_scaling
-    zero_A, zero_B = x.new_zeros(rank, x.shape[1]), x.new_zeros(y.shape[1], rank)
-    A = torch.stack([m.lora_A.weight if hasattr(m, "lora_A") else zero_A for m in linears])
-    B = torch.stack([m.lora_B.weight if hasattr(m, "lora_B") else zero_B for m in linears])
-    padding = -rank % 8  # grouped products on a GPU need strides of 16 bytes
-    A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding))
+    A, B = lora.trained()
+    if padding := -A.shape[1] % 8:  # grouped products on a GPU need strides of 16 bytes
+        A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding))
     low = GroupedProduct.apply(x, A.mT, ends)  # (S, rank and padding)
-    return y + scaling * GroupedProduct.apply(low, B.mT, ends)
+    return y + lora.scaling * GroupedProduct.apply(low, B.mT, ends)
 
 
 class GroupedProduct(torch.autograd.Function):
@@ -826,16 +927,22 @@ class GroupedProduct(torch.autograd.Function):
 
 
 def grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
-    """x (S, A) and dy (S, Z), sorted by expert -> x_e^T dy_e (E, A, Z), the gradient of a stack:
-    zero for an expert without rows."""
-    if x.is_cuda:
+    """x (S, A) and dy (S, Z), sorted by expert and ending at `ends` (E,) -> x_e^T dy_e (E, A, Z),
+    the gradient of a stack: zero for an expert without rows."""
+    if waits_for_no_count(x):
         return F.grouped_mm(x.T, dy, offs=ends)
+    out = x.new_empty(len(ends), x.shape[1], dy.shape[1])
     bounds = to_list(ends, len(x))[:-1]
-    parts = zip(x.tensor_split(bounds), dy.tensor_split(bounds))
-    return torch.stack([rows.T @ dys for rows, dys in parts])
+    for rows, dys, result in zip(x.tensor_split(bounds), dy.tensor_split(bounds), out):
+        torch.mm(rows.T, dys, out=result)
+    return out
 
 
 EXPERT_PATHS = {"loop": experts_loop, "grouped": experts_grouped}
+
+
+# Of a MoE layer: weights (N, K) float32 and indices (N, K), as its gate gives them.
+Routing = tuple[Tensor, Tensor]
 
 
 class MoE(nn.Module):
@@ -843,7 +950,10 @@ class MoE(nn.Module):
 
     Each expert keeps its own parameters under the checkpoint's names, so that it can be frozen or
     trained alone; their memory is two stacks, gate_up (E, 2I, D) and down (E, D, I), for the
-    grouped path. copy.deepcopy would part them: load the model again instead."""
+    grouped path. copy.deepcopy would part them: load the model again instead.
+
+    Expert e lies at places[e] of the stacks, so that trained experts can lie side by side, and
+    order[i] is the expert at place i: at first, both count up."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -854,18 +964,64 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(MLP(D, I) for _ in range(E))
         self.gate_up, self.down = torch.empty(E, 2 * I, D), torch.empty(E, D, I)
         self.run_experts = experts_grouped
-        self.has_lora = False  # of any expert
+        self.lora: dict[str, LoraStack] = {}  # of gate_proj, up_proj, down_proj
+        self.order = list(range(E))
         self._view_stacks()
 
     def _view_stacks(self) -> None:
-        for expert, gate_up, down in zip(self.experts, self.gate_up, self.down):
-            gate, up = gate_up.chunk(2)
-            for linear, view in (
-                (expert.gate_proj, gate),
-                (expert.up_proj, up),
-                (expert.down_proj, down),
-            ):
+        """Lets the experts' parameters be views of the stacks."""
+        for place, e in enumerate(self.order):
+            expert, (gate, up) = self.experts[e], self.gate_up[place].chunk(2)
+            views = ((expert.gate_proj, gate), (expert.up_proj, up))
+            for linear, view in (*views, (expert.down_proj, self.down[place])):
                 linear.weight = nn.Parameter(view, requires_grad=linear.weight.requires_grad)
+        self._note_places()
+
+    def _note_places(self) -> None:
+        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        self.places = torch.tensor(places, device=self.down.device)
+        # By place: the weights of gate_proj, up_proj, down_proj. Asking modules takes far longer.
+        self.stacked = [tuple(m.weight for m in self.experts[e].children()) for e in self.order]
+
+    @torch.no_grad()
+    def put_first(self, experts: list[int]) -> None:
+        """Moves experts to the front of the stacks; their parameters remain the same objects, with
+        the same values."""
+        if set(self.order[: len(experts)]) == set(experts):
+            return
+        before = self.order.copy()
+        for place, e in enumerate(experts):
+            other = self.order.index(e)
+            self.order[place], self.order[other] = e, self.order[place]
+        moved = [i for i, e in enumerate(self.order) if before[i] != e]
+        sources = [before.index(self.order[i]) for i in moved]
+        of_lora = [stack for lora in self.lora.values() for stack in (lora.A, lora.B)]
+        for stack in (self.gate_up, self.down, *of_lora):
+            stack[moved] = stack[sources]
+        for i in moved:
+            expert = self.experts[self.order[i]]
+            expert.gate_proj.weight.data, expert.up_proj.weight.data = self.gate_up[i].chunk(2)
+            expert.down_proj.weight.data = self.down[i]
+        self._note_places()
+        for lora in self.lora.values():
+            linears = lora.linears.copy()
+            for i, source in zip(moved, sources):
+                lora.linears[i] = linears[source]
+            lora.view()
+
+    def stack_lora(self) -> None:
+        """Moves the A and B of the experts that carry them into stacks; without any, there are
+        none."""
+        self.lora = {}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linears = [getattr(self.experts[e], name) for e in self.order]
+            linears = [linear if hasattr(linear, "lora_A") else None for linear in linears]
+            some = next((linear for linear in linears if linear is not None), None)
+            if some is not None:
+                shapes = some.lora_A.weight.shape, some.lora_B.weight.shape
+                stacks = (self.down.new_zeros(len(linears), *shape) for shape in shapes)
+                self.lora[name] = LoraStack(*stacks, linears, some.lora_scaling)
+                self.lora[name].view()
 
     def _apply(self, fn, recurse=True):
         """A change of device or dtype moves the stacks; the experts' parameters become views
@@ -874,18 +1030,22 @@ class MoE(nn.Module):
         self.shared_experts._apply(fn)
         self.gate_up, self.down = fn(self.gate_up), fn(self.down)
         self._view_stacks()
-        for linear in (linear for expert in self.experts for linear in expert.children()):
-            for lora in linear.children():
-                lora._apply(fn)
+        for lora in self.lora.values():
+            lora.A, lora.B = fn(lora.A), fn(lora.B)
+            lora.view()
         return self
 
-    def forward(self, x: Tensor, balance: bool) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D) -> output (B, T, D), and the balance loss (B,) where `balance` asks for
-        it."""
+    def forward(
+        self, x: Tensor, balance: bool, trained: Stacks | None = None
+    ) -> tuple[Tensor, Tensor | None, Routing]:
+        """x (B, T, D) -> output (B, T, D), the balance loss (B,) where `balance` asks for it, and
+        the routing. `trained` goes to `experts_grouped`."""
         flat = x.flatten(0, 1)
         weights, indices, scores = self.gate(flat)
-        y = self.run_experts(self, flat, weights, indices).view_as(x) + self.shared_experts(x)
-        return y, self.balance_loss(scores, indices, len(x)) if balance else None
+        given = () if trained is None else (trained,)
+        y = self.run_experts(self, flat, weights, indices, *given).view_as(x)
+        loss = self.balance_loss(scores, indices, len(x)) if balance else None
+        return y + self.shared_experts(x), loss, (weights.detach(), indices)
 
     def balance_loss(self, scores: Tensor, indices: Tensor, rows: int) -> Tensor:
         """sum_i f_i P_i of each row (B,), not yet times aux_loss_alpha (DeepSeekMoE, eq. 12 to 14):
@@ -910,11 +1070,8 @@ class Block(nn.Module):
         attention = MultiHeadAttention if config.model_type == "deepseek" else LatentAttention
         self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            MoE(config)
-            if config.is_moe(layer)
-            else MLP(config.hidden_size, config.intermediate_size)
-        )
+        self.is_moe = config.is_moe(layer)
+        self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
         self,
@@ -924,14 +1081,15 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         balance: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        trained: Stacks | None = None,
+    ) -> tuple[Tensor, Tensor | None, Routing | None]:
+        """x (B, T, D) -> x (B, T, D), and of a MoE layer what it returns beside."""
         x = x + self.self_attn(self.input_layernorm(x), rope, past, positions, documents)
-        y, loss = self.post_attention_layernorm(x), None
-        if isinstance(self.mlp, MoE):
-            y, loss = self.mlp(y, balance)
-        else:
-            y = self.mlp(y)
-        return x + y, loss
+        y = self.post_attention_layernorm(x)
+        if self.is_moe:
+            y, loss, routing = self.mlp(y, balance, trained)
+            return x + y, loss, routing
+        return x + self.mlp(y), None, None
 
 
 @cache
@@ -974,12 +1132,14 @@ class Transformer(nn.Module):
         checkpointing: bool = False,
         documents: Tensor | None = None,
         compiled: bool = False,
+        watch: Callable[[int, Routing], None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """tokens (B, T) -> normalised final states (B, T, D), and with `balance` the balance loss
         (B,) summed over layers. `checkpointing` keeps only the input of each block and runs it
         again in backward. With a cache, rows go on after the tokens they have seen. `documents`
         (B, T), on the CPU, ascending in a row: tokens see only those of their own document, and
-        positions begin anew with each. `compiled` runs the blocks through torch.compile."""
+        positions begin anew with each. `compiled` runs the blocks through torch.compile. `watch` is
+        called with each MoE layer's number and routing."""
         run_block = Block.__call__
         if compiled:  # tuning gains a tenth where the weights of few experts are summed up
             few = tokens.numel() * self.config.num_experts_per_tok < self.config.n_routed_experts
@@ -994,24 +1154,70 @@ class Transformer(nn.Module):
             indices, places = group_documents(documents)
             groups = [x.to(tokens.device) for x in indices], places.to(tokens.device)
         rope = rope_table(self.config, positions)
+        length = self.most_trained() if compiled else 0
         losses = []
         for i, block in enumerate(self.model.layers):
             past = cache.layers[i] if cache is not None else None
+            # Of all layers the same length, and one after the other: the GPU works meanwhile.
+            trained = trained_stacks(block.mlp, length) if length and block.is_moe else None
+            given = x, rope, past, positions, groups, balance, trained
             if checkpointing:
-                x, loss = checkpoint(
-                    run_block, block, x, rope, past, positions, groups, balance, use_reentrant=False
-                )
+                x, loss, routing = checkpoint(run_block, block, *given, use_reentrant=False)
             else:
-                x, loss = run_block(block, x, rope, past, positions, groups, balance)
+                x, loss, routing = run_block(block, *given)
             if loss is not None:
                 losses.append(loss)
+            if watch is not None and routing is not None:
+                watch(i, routing)
         if cache is not None:
             cache.seen += tokens.shape[1]
         return self.model.norm(x), torch.stack(losses).sum(0) if losses else None
 
+    def most_trained(self) -> int:
+        """The largest of the layers' `count_trained`, where experts are run by grouped products."""
+        moes = (block.mlp for block in self.model.layers if block.is_moe)
+        grouped = (m for m in moes if m.run_experts is experts_grouped and not m.lora)
+        return max(map(count_trained, grouped), default=0)
+
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V)."""
         return self.lm_head(self.hidden_states(tokens, cache)[0])
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (M, V), targets (M,) -> losses (M,) float32, and each one's gradient with respect to
+    its logits (M, V), in their dtype."""
+    scores = logits.float()
+    total = scores.logsumexp(-1, keepdim=True)
+    losses = (total - scores.gather(1, targets[:, None]))[:, 0]
+    slope = (scores - total).exp_()
+    ids = torch.arange(slope.shape[1], device=slope.device)
+    return losses, slope.add_(ids == targets[:, None], alpha=-1).to(logits.dtype)
+
+
+# One kernel or two instead of a dozen; for any number of tokens.
+compiled_cross_entropy = torch.compile(cross_entropy, dynamic=True)
+
+
+class HeadLosses(torch.autograd.Function):
+    """Cross-entropy of each of hidden (M, D) under a frozen head (V, D) -> (M,). A loss depends on
+    its own state alone: the gradient, but for a factor, is formed in forward, while the logits of
+    `chunk` tokens are there, and they need not be formed again."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, chunk, piece):
+        losses, slopes = [], torch.empty_like(hidden)
+        for states, aims, slope in zip(*(x.split(chunk) for x in (hidden, targets, slopes))):
+            loss, dlogits = piece(F.linear(states, head), aims)
+            losses.append(loss)
+            torch.mm(dlogits, head, out=slope)
+        ctx.save_for_backward(slopes)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, dlosses):
+        (slopes,) = ctx.saved_tensors
+        return (slopes * dlosses[:, None]).to(slopes.dtype), None, None, None, None
 
 
 def token_losses(
@@ -1022,25 +1228,29 @@ def token_losses(
     balance: bool = False,
     checkpointing: bool = False,
     chunk: int = 2048,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of every label of tokens (B, T) that counts, float32, in the order of the rows;
-    and the balance loss (B,) of `hidden_states`, to which `documents` goes.
+    and the balance loss (B,) of `hidden_states`, to which `documents` and `compiled` go.
 
     labels (B, T), on the CPU as `documents`, stand at the position of their own token; negative
-    ones do not count, nor does the first of a row. Logits exist for `chunk` tokens at a time and
-    are computed again in backward."""
+    ones do not count, nor does the first of a row. Logits exist for `chunk` tokens at a time; only
+    where the head is trained they are formed again in backward."""
     targets = labels.roll(-1, dims=1)
     targets[:, -1] = -1
     targets = targets.flatten()
     where = (targets >= 0).nonzero()[:, 0]  # found on the CPU: no synchronisation
     hidden, balance_loss = model.hidden_states(
-        tokens, balance=balance, checkpointing=checkpointing, documents=documents
+        tokens, balance=balance, checkpointing=checkpointing, documents=documents, compiled=compiled
     )
     hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # (M, D)
-    targets = targets[where].to(hidden.device)
+    targets, head = targets[where].to(hidden.device), model.lm_head
+    if hidden.requires_grad and not head.weight.requires_grad:
+        piece = compiled_cross_entropy if compiled else cross_entropy
+        return HeadLosses.apply(hidden, head.weight, targets, chunk, piece), balance_loss
 
     def losses(hidden, targets):
-        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
     pieces = [
         checkpoint(losses, *piece, use_reentrant=False)
@@ -1619,10 +1829,13 @@ def trained_parameters(model: Transformer, expert_cfg: dict) -> dict[str, nn.Par
 
 def mark_trainable(model: Transformer, expert_cfg: dict) -> None:
     """Sets requires_grad of every parameter: true for what `expert_cfg` selects, false for the
-    rest, LoRA included."""
+    rest, LoRA included. The selected experts move to the front of their layer's stacks: what shares
+    memory with their parameters has to be made afterwards."""
     trained = trained_parameters(model, expert_cfg)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+    for layer, experts in expert_cfg["experts"].items():
+        model.model.layers[int(layer)].mlp.put_first(experts)
 
 
 def save_adapter(model: Transformer, expert_cfg: dict, directory: str | Path) -> None:
@@ -1772,7 +1985,7 @@ def attach_lora(model: Transformer, modules: set[str], rank: int, scaling: float
         linear.lora_hook = linear.register_forward_hook(add_lora_product)
     for module in model.modules():
         if isinstance(module, MoE):
-            module.has_lora = any(hasattr(m, "lora_A") for m in module.experts.modules())
+            module.stack_lora()
 
 
 def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> None:
@@ -1802,13 +2015,13 @@ def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> No
 
 def remove_lora(model: Transformer) -> None:
     """Takes all LoRA off; the base's own tensors were never touched."""
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.has_lora = False
     for linear in linears(model).values():
         if hasattr(linear, "lora_A"):
             linear.lora_hook.remove()
             del linear.lora_A, linear.lora_B, linear.lora_scaling, linear.lora_hook
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.stack_lora()
 
 
 def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import CHAT_FORMATS, by_length, encode_file, load_tokenizer, pad, sample_tokens
 from model import (
     ModelConfig,
-    MoE,
+    Routing,
     Transformer,
     check_output_file,
     choose_dtype,
@@ -35,59 +35,44 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 @torch.no_grad()
 def collect_scores(
-    model: Transformer, batches: Iterable[tuple[Tensor, Tensor]], average: str = "tokens"
+    model: Transformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    average: str = "tokens",
+    compiled: bool = False,
 ) -> Scores:
     """Both scores of every routed expert. A batch is tokens (B, T) and lengths (B,), padding at the
-    end.
+    end; both on the CPU. `compiled` goes to `hidden_states`.
 
     gate score g_i = 1/Ns sum_j 1/L_j sum_t g_i(t), token selection ratio r_i the same with 1(g_i(t)
     > 0) / K in place of the gate (ESFT, eq. 5 and 6): the mean over the tokens of a sample, then
     over samples (`average` "samples"); "tokens" pools the tokens of all samples, as the published
     scores do. The gate is what the router gives, before routed_scaling_factor."""
     config = model.config
-    device = model.lm_head.weight.device
-    layers = {
-        i: block.mlp for i, block in enumerate(model.model.layers) if isinstance(block.mlp, MoE)
-    }
-    totals = {
-        i: torch.zeros(2, config.n_routed_experts, dtype=torch.float64, device=device)
-        for i in layers
-    }
-    valid = per_row = None  # of the batch at hand, set in the loop below
+    device, shape = model.lm_head.weight.device, (config.num_hidden_layers, 2)
+    totals = torch.zeros(*shape, config.n_routed_experts, dtype=torch.float64, device=device)
+    part = None  # of each token of the batch at hand in its mean (N,), set in the loop below
     count = 0.0  # tokens, or samples
 
-    def record(layer: int):
-        def hook(gate, inputs, outputs):
-            weights, indices, _ = outputs  # (N, K)
-            gates = weights / config.routed_scaling_factor if config.scales_gates else weights
-            ratios = torch.full_like(gates, 1 / config.num_experts_per_tok)
-            both = torch.stack([ratios, gates]).double() * valid[:, None]  # (2, N, K)
-            both = both * per_row[:, None]
-            totals[layer].scatter_add_(1, indices.flatten().expand(2, -1), both.flatten(1))
+    def watch(layer: int, routing: Routing) -> None:
+        weights, indices = routing  # (N, K)
+        gates = weights / config.routed_scaling_factor if config.scales_gates else weights
+        ratios = torch.full_like(gates, 1 / config.num_experts_per_tok)
+        for total, values in zip(totals[layer], (ratios, gates)):
+            # A product instead of sums into E places: the same bits each time, on a GPU, too.
+            chosen = part.new_zeros(len(part), config.n_routed_experts)
+            total += part @ chosen.scatter_(1, indices, values.double())
 
-        return hook
-
-    hooks = [moe.gate.register_forward_hook(record(i)) for i, moe in layers.items()]
-    try:
-        for tokens, lengths in batches:
-            tokens, lengths = tokens.to(device), lengths.to(device)
-            B, T = tokens.shape
-            valid = (torch.arange(T, device=device) < lengths[:, None]).flatten()  # (N,)
-            weight = (
-                1 / lengths.double()
-                if average == "samples"
-                else torch.ones(B, device=device).double()
-            )
-            per_row = weight.repeat_interleave(T)  # (N,)
-            model.hidden_states(tokens)
-            count += B if average == "samples" else lengths.sum().item()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for tokens, lengths in batches:
+        valid = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
+        weight = 1 / lengths.double() if average == "samples" else torch.ones(len(lengths))
+        part = (valid * weight[:, None].double()).flatten().to(device)
+        model.hidden_states(tokens.to(device), compiled=compiled, watch=watch)
+        count += len(lengths) if average == "samples" else lengths.sum().item()
     scores: Scores = {"token_scores": {}, "gate_scores": {}}
-    for layer, total in totals.items():
-        for name, row in zip(scores, (total / count).tolist()):
-            scores[name][str(layer)] = {str(e): value for e, value in enumerate(row)}
+    for layer, total in enumerate((totals / count).tolist()):
+        for name, row in zip(scores, total):
+            if config.is_moe(layer):
+                scores[name][str(layer)] = {str(e): value for e, value in enumerate(row)}
     return scores
 
 

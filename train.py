@@ -194,6 +194,11 @@ class TrainConfig:
     gradient_checkpointing: bool = key(
         True, "compute each layer again in backward: less memory, a third more time"
     )
+    compile: bool | None = key(
+        None,
+        "run the layers through torch.compile (default: on a GPU, for models from a billion "
+        "parameters and runs from 200 micro-batches, where half a minute at the start pays)",
+    )
     deterministic: bool = key(
         True, "same seed and machine, same bits; false: let a GPU choose faster algorithms"
     )
@@ -211,12 +216,17 @@ class TrainConfig:
                 float: (int, float),
                 list[str]: (list, tuple),
                 float | None: (int, float, type(None)),
+                bool | None: (bool, type(None)),
             }[f.type]
             if type(value) not in kinds or (
                 f.type == list[str] and not all(type(v) is str for v in value)
             ):
                 kind = getattr(f.type, "__name__", str(f.type))
                 raise ValueError(f"{f.name} is {value!r}; must be of type {kind}")
+        if not self.device:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not self.dtype:
+            self.dtype = str(choose_dtype("", self.device)).removeprefix("torch.")
         for name in ("model", "data", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; try --config configs/demo.toml, or --help")
@@ -285,15 +295,13 @@ class TrainConfig:
                 f"must divide batch_size ({self.batch_size})"
             )
         self._check_without_effect()
+        if self.compile and (obstacle := no_compilation(self)):
+            raise ValueError(f"compile is True; cannot be with {obstacle}")
         for entry in self.eval_sets:
             if entry.partition(":")[0] not in TASKS or ":" not in entry:
                 raise ValueError(
                     f"eval_sets: {entry!r} must be TASK:FILE with a task of {', '.join(TASKS)}"
                 )
-        if not self.device:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if not self.dtype:
-            self.dtype = str(choose_dtype("", self.device)).removeprefix("torch.")
 
     def _check_without_effect(self) -> None:
         """Raises ValueError for a key that was set although another one takes its effect."""
@@ -316,6 +324,17 @@ class TrainConfig:
                 f"random_concat_ratio is {self.random_concat_ratio}; must be 0 with document_mask, "
                 "which keeps the samples of a row apart"
             )
+
+
+def no_compilation(config: TrainConfig) -> str:
+    """The key and value with which layers cannot be compiled; empty if there is none."""
+    reasons = {
+        "dtype": config.dtype == "float32",  # torch.compile takes grouped products of bfloat16 only
+        "experts": config.experts == "loop",  # waits for the number of tokens of each expert
+        "document_mask": config.document_mask,  # other shapes in every step
+        "method": config.method == "lora",
+    }
+    return next((f"{k} {getattr(config, k)}" for k, stands in reasons.items() if stands), "")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -386,12 +405,13 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
 def parse_value(f, text: str | list[str]):
     if f.type in (str, list[str]):
         return text
-    if f.type is bool and text in ("true", "false"):
+    if f.type in (bool, bool | None) and text in ("true", "false"):
         return text == "true"
     try:
         return int(text) if f.type is int else float(text)
     except ValueError:
-        kind = "true or false" if f.type is bool else "an integer" if f.type is int else "a number"
+        kinds = {bool: "true or false", bool | None: "true or false", int: "an integer"}
+        kind = kinds.get(f.type, "a number")
         raise ValueError(f"{f.name} is {text!r}; must be {kind}") from None
 
 
@@ -442,11 +462,18 @@ class MasterAdamW:
 
     def accumulate(self) -> None:
         """Adds the parameters' gradients to the masters', in float32, and frees them."""
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                master = self.masters[name]
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
+        arrived = [(self.masters[n], p) for n, p in self.parameters.items() if p.grad is not None]
+        first = [(master, p) for master, p in arrived if master.grad is None]
+        more = [(master.grad, p.grad) for master, p in arrived if master.grad is not None]
+        for master, p in first:
+            master.grad = p.grad if p.dtype == torch.float32 else torch.empty_like(master)
+        copied = [(master.grad, p.grad) for master, p in first if master.grad is not p.grad]
+        if copied:
+            torch._foreach_copy_(*map(list, zip(*copied)))
+        if more:
+            torch._foreach_add_(*map(list, zip(*more)))
+        for _, p in arrived:
+            p.grad = None
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -461,8 +488,7 @@ class MasterAdamW:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
-        for name, p in self.parameters.items():
-            p.copy_(self.masters[name])
+        torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, on the CPU."""
@@ -907,7 +933,11 @@ def compute_gradients(
     loss = torch.zeros(len(parts), device=config.device)
     for i, part in enumerate(parts):
         losses, balance = part.losses(
-            config, model, balance=alpha > 0, checkpointing=config.gradient_checkpointing
+            config,
+            model,
+            balance=alpha > 0,
+            checkpointing=config.gradient_checkpointing,
+            compiled=bool(config.compile),
         )
         total = losses.sum() / learned
         loss[i] = total.detach()
@@ -1004,6 +1034,7 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
     """`train`, of what is read and checked, in an output_dir that no other process writes to."""
     started = time.perf_counter()
     job = prepare(config, inputs)
+    config = settle_compile(config, job.base_parameters)
     optimizer = MasterAdamW(job.parameters, config)
     state = resume(job.output, optimizer)
     print_start(config, job, state)
@@ -1023,7 +1054,9 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
                 save_checkpoint(job.output, optimizer, state)
                 raise FloatingPointError(not_finite(config, job, step, chosen, losses, norm_value))
-            nn.utils.clip_grads_with_norm_(optimizer.masters.values(), config.max_grad_norm, norm)
+            if norm_value > config.max_grad_norm:
+                masters = optimizer.masters.values()
+                nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm)
             optimizer.step(learning_rate)
 
             state["step"] = step + 1
@@ -1079,6 +1112,18 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
     }
     write_json(job.output / "results.json", results, indent=2)
     return results
+
+
+def settle_compile(config: TrainConfig, parameters: int) -> TrainConfig:
+    """Decides `compile` where it is left open; the same for every part of a run that is
+    continued."""
+    if config.compile is None:
+        micro_batches = config.steps * config.gradient_accumulation_steps
+        pays = config.device.startswith("cuda") and parameters >= 1e9 and micro_batches >= 200
+        config = replace(config, compile=pays and not no_compilation(config))
+    if config.compile:
+        print("the first step compiles the layers, which takes half a minute", flush=True)
+    return config
 
 
 def be_deterministic(on: bool) -> None:
@@ -1186,7 +1231,9 @@ def step_bytes(config: TrainConfig, model: Transformer, trained: dict[str, nn.Pa
     micro_batches = min(config.gradient_accumulation_steps, 2)
     tokens = torch.zeros(micro_batch * micro_batches, config.seq_length, dtype=torch.int64)
     rows = Rows(tokens, tokens, tokens)
-    rehearsal = replace(config, device="meta", gradient_accumulation_steps=micro_batches)
+    rehearsal = replace(
+        config, device="meta", gradient_accumulation_steps=micro_batches, compile=False
+    )
     known = [*model.parameters(), *model.buffers()]
     known += [stack for m in model.modules() if isinstance(m, MoE) for stack in (m.gate_up, m.down)]
     optimizer = MasterAdamW(trained, rehearsal)

@@ -10,7 +10,6 @@ is the decoding without the prompts' pass: seconds for 128 new tokens less secon
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,24 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import Decoder  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from v2_lite import TINY, V2_LITE, random_model  # noqa: E402
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(run, device: str, repeats: int) -> float:
-    """Median, after one run of burn-in."""
-    times = []
-    for _ in range(1 + repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        run()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+from v2_lite import (  # noqa: E402
+    TINY,
+    V2_LITE,
+    conditions,
+    median_seconds,
+    random_model,
+    synchronise,
+    transformers_model,
+)
 
 
 @torch.inference_mode()
@@ -51,7 +41,7 @@ def ours(model: Transformer, prompts: list, new: int, compiled: bool, device: st
     )
     synchronise(device)
     ready = time.perf_counter() - start
-    prefill = seconds_of(lambda: decoder.prefill(prompts), device, 3)
+    prefill = median_seconds(lambda: decoder.prefill(prompts), device, 3)
 
     def steps():
         for _ in range(new - 1):
@@ -61,34 +51,8 @@ def ours(model: Transformer, prompts: list, new: int, compiled: bool, device: st
         decoder.prefill(prompts)
         steps()
 
-    total = seconds_of(both, device, 3)
+    total = median_seconds(both, device, 3)
     return {"step": (total - prefill) / (new - 1), "prefill": prefill, "ready": ready}
-
-
-def transformers_model(model: Transformer, fields: dict, device: str):
-    """transformers' model with our weights."""
-    import transformers
-
-    with torch.device("meta"):
-        theirs = transformers.DeepseekV2ForCausalLM(
-            transformers.DeepseekV2Config(
-                **fields, q_lora_rank=None, max_position_embeddings=163840
-            )
-        )
-    theirs = theirs.to(torch.bfloat16).to_empty(device=device).eval()
-    own = model.state_dict()
-    for layer, block in enumerate(model.model.layers):
-        if hasattr(block.mlp, "experts"):
-            own[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = block.mlp.gate_up
-            own[f"model.layers.{layer}.mlp.experts.down_proj"] = block.mlp.down
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.copy_(own[name])
-    # to_empty left the tables of the rotary positions uninitialised.
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
-    if device == "cuda":
-        theirs.set_experts_implementation("grouped_mm")
-    return theirs
 
 
 @torch.inference_mode()
@@ -106,8 +70,8 @@ def transformers_step(theirs, prompts: list, new: int, device: str) -> float:
             eos_token_id=0,
         )
 
-    one = seconds_of(lambda: run(1), device, 1)
-    return (seconds_of(lambda: run(new), device, 1) - one) / (new - 1)
+    one = median_seconds(lambda: run(1), device, 1)
+    return (median_seconds(lambda: run(new), device, 1) - one) / (new - 1)
 
 
 def main() -> None:
@@ -120,12 +84,13 @@ def main() -> None:
     parser.add_argument("--skip_transformers", action="store_true", help="time ours alone")
     args = parser.parse_args()
     device = "cpu" if args.tiny else "cuda"
-    name = "CPU" if args.tiny else torch.cuda.get_device_name()
     context, new, batches = (16, 4, (1, 3)) if args.tiny else (512, 128, (1, 16, 64))
     fields = V2_LITE | TINY if args.tiny else V2_LITE
     model = random_model(ModelConfig(**fields), device)
     theirs = None if args.skip_transformers else transformers_model(model, fields, device)
-    print(f"{name}, torch {torch.__version__}, bfloat16, context {context}, {new} new tokens")
+    made = conditions(device)
+    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    print(f"bfloat16, context {context}, {new} new tokens")
     print(
         f"{'batch':>5} {'who':<22} {'ms a step':>10} {'tokens/s':>9} {'prompts s':>9} "
         f"{'ready s':>8}"
@@ -155,11 +120,7 @@ def main() -> None:
             report(batch, who, **ours(model, prompts, new, compiled, device))
         if theirs is not None:
             report(batch, "transformers", transformers_step(theirs, prompts, new, device))
-    print(
-        json.dumps(
-            {"benchmark": "decode", "device": name, "torch": torch.__version__, "results": results}
-        )
-    )
+    print(json.dumps({"benchmark": "decode", **made, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,42 @@
-"""Training steps of the DeepSeek-V2-Lite shape: tokens per second, and peak memory beside what
-`train.py --plan` says.
+"""Training steps of the DeepSeek-V2-Lite shape: tokens per second beside transformers, and peak
+memory beside what `train.py --plan` says.
 
-    python benchmarks/v2_lite.py           # a GPU with 80 GB
+    python benchmarks/v2_lite.py           # a GPU with 141 GB
     python benchmarks/v2_lite.py --tiny    # the same code on a CPU, in seconds
 
 Random bfloat16 weights; ESFT trains 124 experts (as many as the published selection for intent:
-1.07B parameters), LoRA matrices of rank 8 at every linear layer; float32 masters and AdamW, counted
-in both columns; random tokens. Whether a step has the same bits when it is taken again, and with
-and without gradient checkpointing, is compared, too. Prints its conditions, a table, and one JSON
-line."""
+1.07B parameters), LoRA matrices of rank 8 at every linear layer; random tokens. Ours is a whole
+step: gradients, norm, clipping, AdamW on float32 masters, all of it in both columns. transformers,
+which cannot train single experts, is timed without an optimizer: forward and backward with experts
+by grouped_mm, gradients for all experts, of which a user would keep some; the rest is frozen.
+Whether a step of ours has the same bits when it is taken again, and with and without gradient
+checkpointing, is compared, too. Prints its conditions, a table, and one JSON line."""
 
 import argparse
+import datetime
+import gc
 import json
 import random
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from model import ModelConfig, Transformer, build_model, remove_lora  # noqa: E402
+from model import (  # noqa: E402
+    ModelConfig,
+    Transformer,
+    build_model,
+    choose_experts_path,
+    remove_lora,
+)
 from train import (  # noqa: E402
     MasterAdamW,
     Rows,
@@ -90,6 +103,74 @@ def published_numbers(config: ModelConfig) -> dict:
     return {"experts": {str(layer): draw.sample(range(64), n) for layer, n in counts.items()}}
 
 
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(run, device: str, repeats: int, burn_in: int = 1) -> float:
+    times = []
+    for _ in range(burn_in + repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[burn_in:])
+
+
+def conditions(device: str) -> dict:
+    """What a result depends on beside the code, and the code's commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "date": str(datetime.date.today()),
+        "commit": commit,
+    }
+
+
+def transformers_model(model: Transformer, fields: dict, device: str):
+    """transformers' model with our weights, in bfloat16."""
+    import transformers
+
+    with torch.device("meta"):
+        theirs = transformers.DeepseekV2ForCausalLM(
+            transformers.DeepseekV2Config(
+                **fields, q_lora_rank=None, max_position_embeddings=163840
+            )
+        )
+    theirs = theirs.to(torch.bfloat16).to_empty(device=device).eval()
+    own = model.state_dict()
+    for layer, block in enumerate(model.model.layers):
+        if block.is_moe:
+            prefix, moe = f"model.layers.{layer}.mlp.experts.", block.mlp
+            own[f"{prefix}gate_up_proj"] = moe.gate_up[moe.places]
+            own[f"{prefix}down_proj"] = moe.down[moe.places]
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(own[name])
+    # to_empty left the tables of the rotary positions uninitialised.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
+    if device == "cuda":
+        theirs.set_experts_implementation("grouped_mm")
+    return theirs
+
+
+def empty_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+
+
 class Measured:
     """The training steps of one setting, on one model."""
 
@@ -114,17 +195,6 @@ class Measured:
         torch.nn.utils.clip_grads_with_norm_(self.optimizer.masters.values(), 1.0, norm)
         self.optimizer.step(1e-5)
 
-    def time(self, steps: int) -> float:
-        """Median seconds, after two steps of burn-in."""
-        times = []
-        for i in range(2 + steps):
-            start = time.perf_counter()
-            self.step()
-            if self.config.device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[2:])
-
     def same_bits(self) -> dict[str, bool]:
         """Whether a second pass gives the gradients of the first, with the same checkpointing and
         with the other."""
@@ -148,6 +218,96 @@ def planned(config: TrainConfig, model_config: ModelConfig) -> float:
     return need["peak", config.gradient_checkpointing] / 2**30
 
 
+# method, rows, checkpointing, deterministic, compiled, experts
+SETTINGS = [
+    ("esft", 1, False, False, True, "grouped"),
+    ("esft", 4, False, False, True, "grouped"),
+    ("esft", 8, False, False, True, "grouped"),
+    ("esft", 1, True, False, True, "grouped"),
+    ("esft", 4, True, False, True, "grouped"),
+    ("esft", 1, False, True, True, "grouped"),
+    ("esft", 4, False, True, True, "grouped"),
+    ("esft", 1, False, False, False, "grouped"),
+    ("esft", 4, False, False, False, "grouped"),
+    ("esft", 4, False, False, False, "loop"),
+    ("lora", 1, False, False, False, "grouped"),
+]
+
+
+def measure(model: Transformer, setting: tuple, device: str, length: int, steps: int) -> dict:
+    method, rows, checkpointing, deterministic, compiled, experts = setting
+    be_deterministic(deterministic)
+    choose_experts_path(model, experts)
+    config = TrainConfig(
+        method=method,
+        seq_length=length,
+        batch_size=rows,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=checkpointing,
+        learning_rate=1e-5,
+        device=device,
+        dtype="bfloat16",
+        compile=compiled,
+        experts=experts,
+    )
+    empty_memory(device)
+    start = time.perf_counter()
+    measured = Measured(model, config)
+    measured.step()
+    synchronise(device)
+    first = time.perf_counter() - start
+    seconds = median_seconds(measured.step, device, steps)
+    result = {
+        "who": "ours",
+        "method": method,
+        "rows": rows,
+        "checkpointing": checkpointing,
+        "deterministic": deterministic,
+        "compiled": compiled,
+        "experts": experts,
+        "ms": round(seconds * 1e3, 1),
+        "tokens_per_second": round(rows * length / seconds),
+        "first_step_s": round(first, 1),
+        "peak_gib": round(peak_gib(device), 2),
+        "planned_gib": round(planned(config, model.config), 2),
+        "trained": sum(p.numel() for p in measured.parameters.values()),
+        "same_bits": measured.same_bits() if deterministic else {},
+    }
+    remove_lora(model)
+    return result
+
+
+def measure_transformers(
+    theirs, rows: int, checkpointing: bool, device: str, length: int, steps: int, beside: int
+) -> dict:
+    """`beside`: bytes on the device that are not theirs."""
+    theirs.requires_grad_(False)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(".experts." in name)
+    theirs.train()
+    if checkpointing:
+        theirs.gradient_checkpointing_enable({"use_reentrant": False})
+        theirs.enable_input_require_grads()
+    tokens = torch.randint(0, theirs.config.vocab_size, (rows, length), device=device)
+
+    def step() -> None:
+        theirs(tokens, labels=tokens, use_cache=False).loss.backward()
+        theirs.zero_grad()
+
+    empty_memory(device)
+    seconds = median_seconds(step, device, steps, burn_in=2)
+    theirs.gradient_checkpointing_disable()
+    return {
+        "who": "transformers",
+        "method": "all experts",
+        "rows": rows,
+        "checkpointing": checkpointing,
+        "ms": round(seconds * 1e3, 1),
+        "tokens_per_second": round(rows * length / seconds),
+        "peak_gib": round(peak_gib(device) - beside / 2**30, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,76 +320,41 @@ def main() -> None:
     )
     args = parser.parse_args()
     device, length = ("cpu", 64) if args.tiny else ("cuda", 4096)
-    name = "CPU" if args.tiny else torch.cuda.get_device_name()
-    model_config = ModelConfig(**(V2_LITE | TINY if args.tiny else V2_LITE))
-    model = random_model(model_config, device)
-    print(f"{name}, torch {torch.__version__}, bfloat16, rows of {length} tokens")
+    fields = V2_LITE | TINY if args.tiny else V2_LITE
+    model = random_model(ModelConfig(**fields), device)
+    made = conditions(device)
+    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    print(f"bfloat16, rows of {length} tokens, medians of {args.steps} steps after 2 of burn-in")
     print(
-        f"{'method':<6} {'rows':>4} {'checkpointing':>13} {'deterministic':>13} {'ms':>8} "
-        f"{'tokens/s':>9} {'peak GiB':>9} {'planned':>8}  same bits"
+        f"{'who':<12} {'method':<11} {'rows':>4} {'saved by':>13} {'bits':>5} {'blocks':>8} "
+        f"{'experts':>7} {'ms':>8} {'tokens/s':>9} {'first s':>7} {'peak GiB':>8} {'planned':>7}"
     )
     results = []
-    settings = [
-        (method, rows, checkpointing, deterministic)
-        for method, rows, checkpointing in (
-            ("esft", 1, False),
-            ("esft", 1, True),
-            ("esft", 4, True),
-            ("lora", 1, False),
-            ("lora", 1, True),
+
+    def show(row: dict) -> None:
+        results.append(row)
+        words = (
+            "checkpointing" if row["checkpointing"] else "",
+            "same" if row.get("deterministic") else "",
+            "compiled" if row.get("compiled") else "",
         )
-        for deterministic in (True, False)
-    ]
-    for method, rows, checkpointing, deterministic in settings:
-        be_deterministic(deterministic)
-        config = TrainConfig(
-            method=method,
-            seq_length=length,
-            batch_size=rows,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing=checkpointing,
-            learning_rate=1e-5,
-            device=device,
-            dtype="bfloat16",
-        )
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        measured = Measured(model, config)
-        seconds = measured.time(args.steps)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-        result = {
-            "method": method,
-            "rows": rows,
-            "checkpointing": checkpointing,
-            "deterministic": deterministic,
-            "ms": round(seconds * 1e3, 1),
-            "tokens_per_second": round(rows * length / seconds),
-            "peak_gib": round(peak, 2),
-            "planned_gib": round(planned(config, model_config), 2),
-            "trained": sum(p.numel() for p in measured.parameters.values()),
-            "same_bits": measured.same_bits(),
-        }
-        results.append(result)
         print(
-            f"{method:<6} {rows:>4} {checkpointing!s:>13} {deterministic!s:>13} "
-            f"{result['ms']:>8} {result['tokens_per_second']:>9,} {result['peak_gib']:>9} "
-            f"{result['planned_gib']:>8}  {result['same_bits']}",
+            f"{row['who']:<12} {row['method']:<11} {row['rows']:>4} {words[0]:>13} {words[1]:>5} "
+            f"{words[2]:>8} {row.get('experts', ''):>7} {row['ms']:>8} "
+            f"{row['tokens_per_second']:>9,} {row.get('first_step_s', ''):>7} "
+            f"{row['peak_gib']:>8} {row.get('planned_gib', ''):>7}  {row.get('same_bits') or ''}",
             flush=True,
         )
-        del measured
-        remove_lora(model)
-    print(
-        json.dumps(
-            {
-                "benchmark": "v2_lite",
-                "device": name,
-                "torch": torch.__version__,
-                "seq_length": length,
-                "results": results,
-            }
-        )
-    )
+
+    # Compiling on a CPU takes longer than a test may.
+    for setting in SETTINGS if device == "cuda" else [s for s in SETTINGS if not s[4]]:
+        show(measure(model, setting, device, length, args.steps))
+    be_deterministic(False)
+    theirs = transformers_model(model, fields, device)
+    for rows, checkpointing in ((1, False), (4, True)):
+        sizes = length, args.steps, sum(p.nbytes for p in model.parameters())
+        show(measure_transformers(theirs, rows, checkpointing, device, *sizes))
+    print(json.dumps({"benchmark": "v2_lite", **made, "seq_length": length, "results": results}))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,51 @@ def test_loop_and_grouped_agree(routing, trained):
         assert (ours - specified).abs().max() <= 1e-5 * specified.abs().max()
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_loop_and_grouped_agree_for_every_subset_of_trained_experts(by_hand):
+    """`by_hand`: requires_grad set without mark_trainable, so that the trained ones do not stand
+    first in the stacks."""
+    config, models = small_moe(n_routed_experts=6)
+    x, weights = torch.randn(15, config.hidden_size), torch.rand(15, config.num_experts_per_tok)
+    indices = torch.rand(15, 5).topk(config.num_experts_per_tok, -1).indices  # expert 5 has none
+    for subset in range(2**6):
+        trained = [e for e in range(6) if subset >> e & 1]
+        gradients = []
+        for model in models:
+            moe = model.model.layers[1].mlp
+            if by_hand:
+                model.requires_grad_(False)
+                for e in trained:
+                    moe.experts[e].requires_grad_(True)
+            else:
+                mark_trainable(model, {"experts": {"1": trained}})
+            inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
+            moe.run_experts(moe, *inputs, indices).square().sum().backward()
+            found = {n: p.grad for n, p in moe.experts.named_parameters() if p.grad is not None}
+            gradients.append({"x": inputs[0].grad, "weights": inputs[1].grad, **found})
+            model.zero_grad()
+        loop, grouped = gradients
+        assert loop.keys() == grouped.keys() and len(loop) == 2 + 3 * len(trained)
+        for name in loop:
+            assert (loop[name] - grouped[name]).abs().max() <= 1e-5 * loop[name].abs().max(), name
+
+
+def test_experts_that_move_in_their_stacks_keep_parameters_values_and_results():
+    config, (model,) = small_moe(["grouped"])
+    tokens = torch.randint(0, config.vocab_size, (1, 9))
+    before = {name: (p, p.clone(), p.data_ptr()) for name, p in model.named_parameters()}
+    logits = model(tokens)
+    moe = model.model.layers[1].mlp
+    for experts in ([6, 2], [2, 6], [5], list(range(8)), []):
+        mark_trainable(model, {"experts": {"1": experts}})
+        assert set(moe.order[: len(experts)]) == set(experts)
+        for name, p in model.named_parameters():
+            assert p is before[name][0] and torch.equal(p, before[name][1])
+        assert torch.allclose(model(tokens), logits, atol=1e-6)
+    moved = [n for n, p in model.named_parameters() if p.data_ptr() != before[n][2]]
+    assert moved and all(".layers.1.mlp.experts." in name for name in moved)
+
+
 def test_experts_stay_views_of_their_stack_when_the_model_moves():
     config, (model,) = small_moe(["grouped"])
     mark_trainable(model, {"experts": {"1": [2]}})
@@ -99,11 +144,12 @@ def test_experts_stay_views_of_their_stack_when_the_model_moves():
     with torch.no_grad():
         moe.experts[2].up_proj.weight.fill_(7.0)
         moe.experts[2].down_proj.weight.fill_(8.0)
-    I = config.moe_intermediate_size
+    I, place = config.moe_intermediate_size, moe.places[2]
+    assert place == 0  # the trained one stands first
     assert (
-        (moe.gate_up[2, I:] == 7).all()
-        and (moe.gate_up[2, :I] != 7).any()
-        and (moe.down[2] == 8).all()
+        (moe.gate_up[place, I:] == 7).all()
+        and (moe.gate_up[place, :I] != 7).any()
+        and (moe.down[place] == 8).all()
     )
 
 

@@ -44,8 +44,9 @@ def table_model(monkeypatch):
         routed_scaling_factor=2.5,
     )
     model.model.layers[0].mlp.gate = FixedGate()
+    gate = model.model.layers[0].mlp.gate
     monkeypatch.setattr(
-        model, "hidden_states", lambda tokens: model.model.layers[0].mlp.gate(tokens)
+        model, "hidden_states", lambda tokens, watch, **_: watch(0, gate(tokens)[:2])
     )
     return model
 

@@ -1,0 +1,96 @@
+"""How the speed of ESFT's step grows with sequence length, batch and number of trained experts, in
+the DeepSeek-V2-Lite shape.
+
+    python benchmarks/growth.py           # a GPU with 141 GB
+    python benchmarks/growth.py --tiny    # the same code on a CPU, in seconds
+
+Random bfloat16 weights, random tokens; forward and backward to the gradients of the trained experts
+(what AdamW adds depends on their number alone: benchmarks/v2_lite.py has whole steps), layers
+compiled, no gradient checkpointing, algorithms of the GPU's choice. Prints its conditions, a table,
+and one JSON line."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import ModelConfig, Transformer, mark_trainable, token_losses  # noqa: E402
+from v2_lite import (  # noqa: E402
+    TINY,
+    V2_LITE,
+    conditions,
+    empty_memory,
+    median_seconds,
+    peak_gib,
+    random_model,
+)
+
+
+def measure(model: Transformer, rows: int, length: int, trained: int, device: str) -> dict:
+    """One setting, with `trained` experts in each layer."""
+    layers = model.config.moe_layers
+    mark_trainable(model, {"experts": {str(layer): list(range(trained)) for layer in layers}})
+    tokens = torch.randint(0, model.config.vocab_size, (rows, length))
+
+    def step() -> None:
+        losses, _ = token_losses(model, tokens.to(device), tokens, compiled=device == "cuda")
+        losses.mean().backward()
+        model.zero_grad()
+
+    empty_memory(device)
+    seconds = median_seconds(step, device, 5, burn_in=2)
+    return {
+        "rows": rows,
+        "length": length,
+        "trained_per_layer": trained,
+        "ms": round(seconds * 1e3, 1),
+        "tokens_per_second": round(rows * length / seconds),
+        "peak_gib": round(peak_gib(device), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
+    )
+    args = parser.parse_args()
+    device, unit = ("cpu", 16) if args.tiny else ("cuda", 1024)
+    fields = V2_LITE | TINY if args.tiny else V2_LITE
+    model = random_model(ModelConfig(**fields), device)
+    made = conditions(device)
+    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    E = model.config.n_routed_experts
+    tables = {
+        f"sequence length, {16 * unit:,} tokens at once": [
+            (16 // n, n * unit, 5) for n in (1, 2, 4, 8, 16)
+        ],
+        "rows": [(rows, 4 * unit, 5) for rows in (1, 2, 4, 8)],
+        "trained experts of a layer": [(1, 4 * unit, n) for n in (1, 2, 4, 8, 16, 32, E)],
+    }
+    results, known = [], {}
+    for title, settings in tables.items():
+        print(f"\n{title}")
+        print(f"{'rows':>5} {'length':>7} {'trained':>8} {'ms':>8} {'tokens/s':>9} {'peak GiB':>9}")
+        for setting in settings:
+            if setting not in known:
+                known[setting] = measure(model, *setting, device)
+            row = known[setting]
+            results.append({"table": title, **row})
+            print(
+                f"{row['rows']:>5} {row['length']:>7} {row['trained_per_layer']:>8} {row['ms']:>8} "
+                f"{row['tokens_per_second']:>9,} {row['peak_gib']:>9}",
+                flush=True,
+            )
+    print()
+    print(json.dumps({"benchmark": "growth", **made, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

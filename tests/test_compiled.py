@@ -1,0 +1,126 @@
+"""Layers through torch.compile: the same results, one graph for all layers of a kind, and where it
+is refused. The compiler's back end is left out (it takes half a minute): what is run is what it
+would be given."""
+
+import pytest
+import torch
+from test_model import small_config
+from test_train import settings
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import model as modules
+from model import Block, build_model, cross_entropy, mark_trainable, put_tensors, token_losses
+from select_experts import collect_scores
+from train import TrainConfig, settle_compile, train
+
+# Of five MoE layers: none, one, several, all but one, all.
+SELECTION = {"1": [], "2": [6], "3": [0, 3, 7], "4": list(range(1, 8)), "5": list(range(8))}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs that blocks are compiled to."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    block = torch.compile(Block.forward, dynamic=False, backend=counter, fullgraph=True)
+    monkeypatch.setattr(modules, "compiled_block", lambda tuned: block)
+    whole = torch.compile(cross_entropy, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(modules, "compiled_cross_entropy", whole)
+    yield counter
+    torch._dynamo.reset()
+
+
+def random_models(count: int = 2, **changes):
+    config = small_config(num_hidden_layers=6, hidden_size=64, moe_intermediate_size=32, **changes)
+    models = [build_model(config) for _ in range(count)]
+    torch.manual_seed(0)
+    for name, p in models[0].named_parameters():
+        p.data.fill_(1.0) if "norm" in name else p.data.normal_(std=0.05)
+    for other in models[1:]:
+        put_tensors(other, dict(models[0].named_parameters()))
+    return config, models
+
+
+def gradients(model, tokens, **options) -> dict[str, torch.Tensor]:
+    losses, balance = token_losses(model, tokens, tokens, balance=True, **options)
+    (losses.mean() + balance.sum()).backward()
+    found = {"losses": losses.detach(), "balance": balance.detach()}
+    return found | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_gradients_in_as_few_graphs_as_there_are_kinds_of_layer(
+    graphs, checkpointing
+):
+    config, (plain, compiled) = random_models()
+    tokens = torch.randint(0, config.vocab_size, (2, 48))
+    for model in (plain, compiled):
+        mark_trainable(model, {"experts": SELECTION})
+    options = {"chunk": 40, "checkpointing": checkpointing}
+    expected = gradients(plain, tokens, **options)
+    found = gradients(compiled, tokens, compiled=True, **options)
+    assert expected.keys() == found.keys() and len(found) == 2 + 3 * 19
+    for name, value in expected.items():
+        error = (found[name].float() - value.float()).norm()
+        assert error <= 0.02 * value.float().norm(), name  # of bfloat16
+    # Dense; before anything is trained; the first with trained experts, whose input wants no
+    # gradient; the three others.
+    assert graphs.frame_count == 4
+    gradients(compiled, tokens + 0, compiled=True, **options)
+    assert graphs.frame_count == 4
+
+
+def test_compiled_scores_are_the_scores(graphs):
+    config, (model,) = random_models(1)
+    batches = [(torch.randint(0, config.vocab_size, (2, 48)), torch.tensor([48, 20]))]
+    expected, found = (collect_scores(model, batches, compiled=c) for c in (False, True))
+    assert graphs.frame_count == 2
+    for name in expected:
+        for layer, values in expected[name].items():
+            assert found[name][layer] == pytest.approx(values, abs=0.01)
+
+
+def test_a_compiled_run_has_the_losses_of_a_plain_one(graphs, checkpoint, chat_file, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+        changes = dict(dtype="bfloat16", compile=compiled, steps=3, save_steps=3, eval_steps=3)
+        result = train(settings(checkpoint, chat_file, tmp_path / str(compiled), **changes))
+        losses[compiled] = result["best_validation_loss"]
+        assert bool(graphs.frame_count) == compiled
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dtype": "float32"}, "dtype float32"),
+        ({"experts": "loop"}, "experts loop"),
+        ({"document_mask": True}, "document_mask True"),
+        ({"method": "lora"}, "method lora"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_and_left_out_by_itself(changes, message):
+    keys = dict(model="m", data="d", output_dir="o", device="cuda", dtype="bfloat16") | changes
+    with pytest.raises(ValueError, match=f"compile is True; cannot be with {message}"):
+        TrainConfig(**keys, compile=True).check()
+    open_ = TrainConfig(**keys)
+    open_.check()
+    assert settle_compile(open_, 15_000_000_000).compile is False
+
+
+@pytest.mark.parametrize(
+    "changes, parameters, compiled",
+    [
+        ({}, 15_000_000_000, True),
+        ({"steps": 24}, 15_000_000_000, False),  # 192 micro-batches
+        ({"steps": 25}, 15_000_000_000, True),
+        ({}, 4_000_000, False),
+        ({"device": "cpu"}, 15_000_000_000, False),
+        ({"compile": False}, 15_000_000_000, False),
+        ({"compile": True, "device": "cpu"}, 4_000_000, True),
+    ],
+)
+def test_layers_are_compiled_where_that_pays(changes, parameters, compiled, capsys):
+    config = TrainConfig(**(dict(device="cuda", dtype="bfloat16") | changes))
+    assert settle_compile(config, parameters).compile is compiled
+    assert ("compiles the layers" in capsys.readouterr().out) == compiled
