@@ -228,8 +228,8 @@ SETTINGS = [
     ("esft", 1, False, True, True, "grouped"),
     ("esft", 4, False, True, True, "grouped"),
     ("esft", 1, False, False, False, "grouped"),
-    ("esft", 4, False, False, False, "grouped"),
-    ("esft", 4, False, False, False, "loop"),
+    ("esft", 4, True, False, False, "grouped"),
+    ("esft", 4, True, False, False, "loop"),
     ("lora", 1, False, False, False, "grouped"),
 ]
 
