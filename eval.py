@@ -237,7 +237,7 @@ def can_be_captured(model: Transformer, rows: int) -> bool:
     moes = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
     if any(moe.run_experts is not experts_grouped for moe in moes):
         return False
-    few = rows <= FEW_TOKENS and not any(moe.lora for moe in moes)
+    few = rows <= FEW_TOKENS and not any(moe.has_lora for moe in moes)
     return few or model.lm_head.weight.dtype == torch.bfloat16  # else grouped_mm is a loop
 
 

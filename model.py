@@ -682,12 +682,14 @@ def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     return order, inverse, torch.searchsorted(experts, ids, right=True).int()
 
 
-def to_list(ends: Tensor, slots: int) -> list[int]:
-    """`ends` of `sort_by_expert` on the host: a synchronisation. On the meta device, where there
-    are no data, the slots are spread evenly."""
+def tokens_per_expert(ends: Tensor, slots: int) -> list[int]:
+    """Of `ends` of `sort_by_expert`, on the host: a synchronisation. On the meta device, where
+    there are no data, the slots are spread evenly."""
     if ends.is_meta:
-        return [slots * e // len(ends) for e in range(1, len(ends) + 1)]
-    return ends.tolist()
+        bounds = [slots * e // len(ends) for e in range(1, len(ends) + 1)]
+    else:
+        bounds = ends.tolist()
+    return [end - begin for begin, end in zip([0, *bounds], bounds)]
 
 
 def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -697,7 +699,7 @@ def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Ten
     so that its gradient is zero and not missing."""
     N, K = indices.shape
     order, inverse, ends = sort_by_expert(indices, len(moe.experts))
-    slots = x[order // K].tensor_split(to_list(ends, N * K)[:-1])  # the one synchronisation
+    slots = x[order // K].split(tokens_per_expert(ends, N * K))  # the one synchronisation
     out = torch.cat([expert(slot) for expert, slot in zip(moe.experts, slots)])  # (S, D)
     return (out[inverse].view(N, K, -1) * weights[..., None]).sum(1).to(x.dtype)
 
@@ -707,18 +709,16 @@ Stacks = tuple[Tensor, Tensor, Tensor]
 
 class TrainedStack(torch.autograd.Function):
     """The first experts of a stack as one tensor; its gradient goes on, in pieces that are views,
-    to the parameters that lie there. None stands for a place without one."""
+    to the parameters that lie there."""
 
     @staticmethod
     def forward(ctx, stack, length, *parameters):
-        ctx.shape = next(p.shape for p in parameters if p is not None)
-        ctx.there = [p is not None for p in parameters]
+        ctx.shape, ctx.count = parameters[0].shape, len(parameters)
         return stack[:length]
 
     @staticmethod
     def backward(ctx, dstack):
-        pieces = dstack.reshape(-1, *ctx.shape)[: len(ctx.there)].unbind()
-        return None, None, *(piece if there else None for piece, there in zip(pieces, ctx.there))
+        return None, None, *dstack.view(-1, *ctx.shape)[: ctx.count].unbind()
 
 
 def count_trained(moe: "MoE") -> int:
@@ -752,13 +752,13 @@ def experts_grouped(
     stacks: `mark_trainable` sees to that. `trained`, of `trained_stacks`, comes from outside of
     what is compiled, where the experts' own parameters would make each layer another graph."""
     indices = moe.places[indices]
-    if x.is_cuda and len(x) <= FEW_TOKENS and not moe.lora and not torch.is_grad_enabled():
+    if x.is_cuda and len(x) <= FEW_TOKENS and not moe.has_lora and not torch.is_grad_enabled():
         # Uncompiled and in bfloat16, grouped products read no more than the chosen experts.
         all_used = indices.numel() >= len(moe.experts)
         if all_used or torch.compiler.is_compiling() or x.dtype != torch.bfloat16:
             return experts_for_few(moe, x, weights, indices)
     order, inverse, ends = sort_by_expert(indices, len(moe.experts))
-    if moe.lora:
+    if moe.has_lora:
         return experts_with_lora(moe, x, weights, order, inverse, ends)
     if trained is None and not torch.compiler.is_compiling():
         trained = trained_stacks(moe)
@@ -798,8 +798,8 @@ def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
         return F.grouped_mm(x, stack, offs=ends)
     # On a CPU torch's own loop takes up to three times as long as this one.
     out = x.new_empty(len(x), stack.shape[-1])
-    bounds = to_list(ends, len(x))[:-1]
-    for rows, weight, result in zip(x.tensor_split(bounds), stack, out.tensor_split(bounds)):
+    counts = tokens_per_expert(ends, len(x))
+    for rows, weight, result in zip(x.split(counts), stack, out.split(counts)):
         torch.mm(rows, weight, out=result)
     return out
 
@@ -845,7 +845,8 @@ class GroupedExperts(torch.autograd.Function):
         if ctx.length:
             # Behind the last that is trained: no slots, so zeros.
             ends = torch.minimum(ends[: ctx.length], ends[last])
-            rows = slice(None if waits_for_no_count(x) else to_list(ends, len(order))[-1])
+            some = None if waits_for_no_count(x) else sum(tokens_per_expert(ends, len(order)))
+            rows = slice(some)
             act = (silu[rows] * up[rows] * weight[rows]).to(x.dtype)
             dgate_up = grouped_outer(dh[rows], x[token[rows]], ends)
             ddown = grouped_outer(dy[rows], act, ends)
@@ -860,54 +861,30 @@ def experts_with_lora(
     if torch.is_grad_enabled() and any(e.up_proj.weight.requires_grad for e in moe.experts):
         raise ValueError('LoRA over experts that are trained, too, needs experts "loop"')
     N, K = weights.shape
-    slots = x[order // K]  # (S, D)
+    slots, experts = x[order // K], [moe.experts[e] for e in moe.order]  # (S, D)
     w_gate, w_up = moe.gate_up.chunk(2, 1)
-    gate = grouped_lora(slots, w_gate, moe.lora.get("gate_proj"), ends)  # (S, I)
-    up = grouped_lora(slots, w_up, moe.lora.get("up_proj"), ends)
+    gate = grouped_lora(slots, w_gate, [e.gate_proj for e in experts], ends)  # (S, I)
+    up = grouped_lora(slots, w_up, [e.up_proj for e in experts], ends)
     act = F.silu(gate.float()) * up.float() * weights.flatten()[order, None]
-    out = grouped_lora(act.to(x.dtype), moe.down, moe.lora.get("down_proj"), ends)
+    out = grouped_lora(act.to(x.dtype), moe.down, [e.down_proj for e in experts], ends)
     return out[inverse].view(N, K, -1).sum(1)
 
 
-@dataclass
-class LoraStack:
-    """The A and B of one projection of all experts, by place; zeros where an expert has none. The
-    experts' parameters are views of them."""
-
-    A: Tensor  # (E, rank, in)
-    B: Tensor  # (E, out, rank)
-    linears: list[nn.Linear | None]
-    scaling: float
-
-    def view(self) -> None:
-        """Lets the parameters be views of the stacks."""
-        for place, linear in enumerate(self.linears):
-            if linear is not None:
-                linear.lora_A.weight.data = self.A[place]
-                linear.lora_B.weight.data = self.B[place]
-        carried = [(m.lora_A.weight, m.lora_B.weight) if m else (None, None) for m in self.linears]
-        self.parameters = [*zip(*carried)]
-
-    def trained(self) -> tuple[Tensor, Tensor]:
-        """A and B, with gradients that go on to the parameters."""
-        if not torch.is_grad_enabled():
-            return self.A, self.B
-        both = zip((self.A, self.B), self.parameters)
-        A, B = (TrainedStack.apply(stack, len(stack), *these) for stack, these in both)
-        return A, B
-
-
-def grouped_lora(x: Tensor, stack: Tensor, lora: LoraStack | None, ends: Tensor) -> Tensor:
+def grouped_lora(x: Tensor, stack: Tensor, linears: list[nn.Linear], ends: Tensor) -> Tensor:
     """x (S, A), sorted by expert and ending at `ends` (E,) -> (S, Z): W x + scaling * B A x, the W
-    in stack (E, Z, A)."""
+    in stack (E, Z, A). A Linear without LoRA counts as one with zeros."""
     y = GroupedProduct.apply(x, stack.mT, ends)
-    if lora is None:
+    carriers = [linear for linear in linears if hasattr(linear, "lora_A")]
+    if not carriers:
         return y
-    A, B = lora.trained()
-    if padding := -A.shape[1] % 8:  # grouped products on a GPU need strides of 16 bytes
-        A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding))
+    rank, scaling = carriers[0].lora_A.out_features, carriers[0].lora_scaling
+    zero_A, zero_B = x.new_zeros(rank, x.shape[1]), x.new_zeros(y.shape[1], rank)
+    A = torch.stack([m.lora_A.weight if hasattr(m, "lora_A") else zero_A for m in linears])
+    B = torch.stack([m.lora_B.weight if hasattr(m, "lora_B") else zero_B for m in linears])
+    padding = -rank % 8  # grouped products on a GPU need strides of 16 bytes
+    A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding))
     low = GroupedProduct.apply(x, A.mT, ends)  # (S, rank and padding)
-    return y + lora.scaling * GroupedProduct.apply(low, B.mT, ends)
+    return y + scaling * GroupedProduct.apply(low, B.mT, ends)
 
 
 class GroupedProduct(torch.autograd.Function):
@@ -932,8 +909,8 @@ def grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     if waits_for_no_count(x):
         return F.grouped_mm(x.T, dy, offs=ends)
     out = x.new_empty(len(ends), x.shape[1], dy.shape[1])
-    bounds = to_list(ends, len(x))[:-1]
-    for rows, dys, result in zip(x.tensor_split(bounds), dy.tensor_split(bounds), out):
+    counts = tokens_per_expert(ends, len(x))
+    for rows, dys, result in zip(x.split(counts), dy.split(counts), out):
         torch.mm(rows.T, dys, out=result)
     return out
 
@@ -964,7 +941,7 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(MLP(D, I) for _ in range(E))
         self.gate_up, self.down = torch.empty(E, 2 * I, D), torch.empty(E, D, I)
         self.run_experts = experts_grouped
-        self.lora: dict[str, LoraStack] = {}  # of gate_proj, up_proj, down_proj
+        self.has_lora = False  # of any expert
         self.order = list(range(E))
         self._view_stacks()
 
@@ -995,33 +972,13 @@ class MoE(nn.Module):
             self.order[place], self.order[other] = e, self.order[place]
         moved = [i for i, e in enumerate(self.order) if before[i] != e]
         sources = [before.index(self.order[i]) for i in moved]
-        of_lora = [stack for lora in self.lora.values() for stack in (lora.A, lora.B)]
-        for stack in (self.gate_up, self.down, *of_lora):
+        for stack in (self.gate_up, self.down):
             stack[moved] = stack[sources]
         for i in moved:
             expert = self.experts[self.order[i]]
             expert.gate_proj.weight.data, expert.up_proj.weight.data = self.gate_up[i].chunk(2)
             expert.down_proj.weight.data = self.down[i]
         self._note_places()
-        for lora in self.lora.values():
-            linears = lora.linears.copy()
-            for i, source in zip(moved, sources):
-                lora.linears[i] = linears[source]
-            lora.view()
-
-    def stack_lora(self) -> None:
-        """Moves the A and B of the experts that carry them into stacks; without any, there are
-        none."""
-        self.lora = {}
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            linears = [getattr(self.experts[e], name) for e in self.order]
-            linears = [linear if hasattr(linear, "lora_A") else None for linear in linears]
-            some = next((linear for linear in linears if linear is not None), None)
-            if some is not None:
-                shapes = some.lora_A.weight.shape, some.lora_B.weight.shape
-                stacks = (self.down.new_zeros(len(linears), *shape) for shape in shapes)
-                self.lora[name] = LoraStack(*stacks, linears, some.lora_scaling)
-                self.lora[name].view()
 
     def _apply(self, fn, recurse=True):
         """A change of device or dtype moves the stacks; the experts' parameters become views
@@ -1030,9 +987,9 @@ class MoE(nn.Module):
         self.shared_experts._apply(fn)
         self.gate_up, self.down = fn(self.gate_up), fn(self.down)
         self._view_stacks()
-        for lora in self.lora.values():
-            lora.A, lora.B = fn(lora.A), fn(lora.B)
-            lora.view()
+        for linear in (linear for expert in self.experts for linear in expert.children()):
+            for lora in linear.children():
+                lora._apply(fn)
         return self
 
     def forward(
@@ -1176,7 +1133,7 @@ class Transformer(nn.Module):
     def most_trained(self) -> int:
         """The largest of the layers' `count_trained`, where experts are run by grouped products."""
         moes = (block.mlp for block in self.model.layers if block.is_moe)
-        grouped = (m for m in moes if m.run_experts is experts_grouped and not m.lora)
+        grouped = (m for m in moes if m.run_experts is experts_grouped and not m.has_lora)
         return max(map(count_trained, grouped), default=0)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -1985,7 +1942,7 @@ def attach_lora(model: Transformer, modules: set[str], rank: int, scaling: float
         linear.lora_hook = linear.register_forward_hook(add_lora_product)
     for module in model.modules():
         if isinstance(module, MoE):
-            module.stack_lora()
+            module.has_lora = any(hasattr(m, "lora_A") for m in module.experts.modules())
 
 
 def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> None:
@@ -2015,13 +1972,13 @@ def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> No
 
 def remove_lora(model: Transformer) -> None:
     """Takes all LoRA off; the base's own tensors were never touched."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.has_lora = False
     for linear in linears(model).values():
         if hasattr(linear, "lora_A"):
             linear.lora_hook.remove()
             del linear.lora_A, linear.lora_B, linear.lora_scaling, linear.lora_hook
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.stack_lora()
 
 
 def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:

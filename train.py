@@ -461,19 +461,21 @@ class MasterAdamW:
         )
 
     def accumulate(self) -> None:
-        """Adds the parameters' gradients to the masters', in float32, and frees them."""
+        """Adds the parameters' gradients to the masters', in float32, and frees them: a few at a
+        time, so that not all are there twice."""
         arrived = [(self.masters[n], p) for n, p in self.parameters.items() if p.grad is not None]
-        first = [(master, p) for master, p in arrived if master.grad is None]
-        more = [(master.grad, p.grad) for master, p in arrived if master.grad is not None]
-        for master, p in first:
-            master.grad = p.grad if p.dtype == torch.float32 else torch.empty_like(master)
-        copied = [(master.grad, p.grad) for master, p in first if master.grad is not p.grad]
-        if copied:
-            torch._foreach_copy_(*map(list, zip(*copied)))
-        if more:
-            torch._foreach_add_(*map(list, zip(*more)))
-        for _, p in arrived:
-            p.grad = None
+        for start in range(0, len(arrived), 32):
+            group = arrived[start : start + 32]
+            new = [(master, p) for master, p in group if master.grad is None]
+            sums = [(master.grad, p.grad) for master, p in group if master.grad is not None]
+            for master, p in new:
+                master.grad = p.grad if p.dtype == torch.float32 else torch.empty_like(master)
+            copies = [(m.grad, p.grad) for m, p in new if m.grad is not p.grad]
+            for of_each, pairs in ((torch._foreach_copy_, copies), (torch._foreach_add_, sums)):
+                if pairs:
+                    of_each(*map(list, zip(*pairs)))
+            for _, p in group:
+                p.grad = None
 
     @property
     def gradients(self) -> dict[str, Tensor]:
