@@ -428,8 +428,9 @@ def attend(
         out = [attend(*(x[indices] for x in tokens), scale=scale) for indices in groups]
         return torch.cat([x.flatten(0, 1) for x in out])[places].view(*q.shape[:2], -1)
     width = v.shape[-1]
-    if q.is_cuda and torch.are_deterministic_algorithms_enabled():
-        # Of the kernels that give the same bits twice, the fast one wants heads of one width.
+    if not q.is_cuda or torch.are_deterministic_algorithms_enabled():
+        # Heads of one width are what a CPU's fast kernel wants, and of a GPU's the fast one that
+        # gives the same bits twice; the others hold all scores (B, heads, T, T).
         v = F.pad(v, (0, max(q.shape[-1] - width, 0)))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -1239,12 +1239,9 @@ def step_bytes(config: TrainConfig, model: Transformer, trained: dict[str, nn.Pa
     known = [*model.parameters(), *model.buffers()]
     known += [stack for m in model.modules() if isinstance(m, MoE) for stack in (m.gate_up, m.down)]
     optimizer = MasterAdamW(trained, rehearsal)
-    attention = nn.functional.scaled_dot_product_attention
-    if config.device.startswith("cuda"):
-        attention = fused_attention
     alpha = balance_weight(config, model.config)
     with (
-        mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
         Allocations([*known, *optimizer.masters.values()]) as allocations,
     ):
         compute_gradients(rehearsal, model, rows, alpha, optimizer, SingleProcess())
