@@ -60,7 +60,10 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
     ).stat().st_size
 
 
-@pytest.mark.parametrize("command", [["v2_lite.py"], ["decode.py"], ["compare_methods.py", "tune"]])
+@pytest.mark.parametrize(
+    "command",
+    [["v2_lite.py"], ["decode.py"], ["demo_step.py"], ["compare_methods.py", "tune"]],
+)
 def test_benchmarks_run(command):
     done = subprocess.run(
         [sys.executable, f"benchmarks/{command[0]}", *command[1:], "--tiny"],
