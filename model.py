@@ -805,6 +805,13 @@ def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
+def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
+    """out (S, D), sorted by expert -> the sum of each token's K slots (N, D). Without gradient."""
+    if out.device.type == "cpu":  # in one pass, without the slots in another order
+        return F.embedding_bag(inverse.view(-1, K), out, mode="sum")
+    return out[inverse].view(-1, K, out.shape[-1]).sum(1)
+
+
 class GroupedExperts(torch.autograd.Function):
     """Routed experts with a hand-written backward. Saved: the layer's input (not its K copies), the
     gate and up product, the order. The routing weight is multiplied in before the down projection:
@@ -817,13 +824,13 @@ class GroupedExperts(torch.autograd.Function):
         ctx, x, weights, order, inverse, ends, gate_up, down, trained_gate_up, trained_down, last
     ):
         N, K = weights.shape
-        h = grouped_mm(x[order // K], gate_up.mT, ends)  # (S, 2I)
+        h = grouped_mm(x.index_select(0, order // K), gate_up.mT, ends)  # (S, 2I)
         gate, up = h.float().chunk(2, -1)
         act = F.silu(gate) * up * weights.flatten()[order, None]  # (S, I)
         out = grouped_mm(act.to(x.dtype), down.mT, ends)  # (S, D)
         ctx.save_for_backward(x, weights, order, inverse, ends, h, gate_up, down, last)
         ctx.length = 0 if last is None else len(trained_down)
-        return out[inverse].view(N, K, -1).sum(1)
+        return sum_slots(out, inverse, K)
 
     @staticmethod
     def backward(ctx, dy):
@@ -833,7 +840,7 @@ class GroupedExperts(torch.autograd.Function):
         gate, up = h.float().chunk(2, -1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
-        dy = dy[token]  # (S, D)
+        dy = dy.index_select(0, token)  # (S, D)
         # The gradient of the activation times its routing weight.
         dact = grouped_mm(dy, down, ends).float()  # (S, I)
         dweights = (dact * silu * up).sum(-1)[inverse].view(N, K)
@@ -842,14 +849,14 @@ class GroupedExperts(torch.autograd.Function):
         dh = torch.cat([dgate, dup], -1).to(x.dtype)
         dx = dgate_up = ddown = None
         if ctx.needs_input_grad[0]:
-            dx = grouped_mm(dh, gate_up, ends)[inverse].view(N, K, -1).sum(1)
+            dx = sum_slots(grouped_mm(dh, gate_up, ends), inverse, K)
         if ctx.length:
             # Behind the last that is trained: no slots, so zeros.
             ends = torch.minimum(ends[: ctx.length], ends[last])
             some = None if waits_for_no_count(x) else sum(tokens_per_expert(ends, len(order)))
             rows = slice(some)
             act = (silu[rows] * up[rows] * weight[rows]).to(x.dtype)
-            dgate_up = grouped_outer(dh[rows], x[token[rows]], ends)
+            dgate_up = grouped_outer(dh[rows], x.index_select(0, token[rows]), ends)
             ddown = grouped_outer(dy[rows], act, ends)
         return dx, dweights, None, None, None, None, None, dgate_up, ddown, None
 

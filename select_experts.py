@@ -35,13 +35,10 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 @torch.no_grad()
 def collect_scores(
-    model: Transformer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    average: str = "tokens",
-    compiled: bool = False,
+    model: Transformer, batches: Iterable[tuple[Tensor, Tensor]], average: str = "tokens"
 ) -> Scores:
     """Both scores of every routed expert. A batch is tokens (B, T) and lengths (B,), padding at the
-    end; both on the CPU. `compiled` goes to `hidden_states`.
+    end; both on the CPU.
 
     gate score g_i = 1/Ns sum_j 1/L_j sum_t g_i(t), token selection ratio r_i the same with 1(g_i(t)
     > 0) / K in place of the gate (ESFT, eq. 5 and 6): the mean over the tokens of a sample, then
@@ -66,7 +63,7 @@ def collect_scores(
         valid = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
         weight = 1 / lengths.double() if average == "samples" else torch.ones(len(lengths))
         part = (valid * weight[:, None].double()).flatten().to(device)
-        model.hidden_states(tokens.to(device), compiled=compiled, watch=watch)
+        model.hidden_states(tokens.to(device), watch=watch)
         count += len(lengths) if average == "samples" else lengths.sum().item()
     scores: Scores = {"token_scores": {}, "gate_scores": {}}
     for layer, total in enumerate((totals / count).tolist()):

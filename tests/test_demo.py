@@ -62,7 +62,15 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [["v2_lite.py"], ["decode.py"], ["demo_step.py"], ["compare_methods.py", "tune"]],
+    [
+        ["v2_lite.py"],
+        ["scoring.py"],
+        ["growth.py"],
+        ["agreement.py"],
+        ["decode.py"],
+        ["demo_step.py"],
+        ["compare_methods.py", "tune"],
+    ],
 )
 def test_benchmarks_run(command):
     done = subprocess.run(
