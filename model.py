@@ -214,6 +214,8 @@ class ModelConfig:
 
     def _check_routing(self) -> None:
         E, reachable = self.n_routed_experts, self.n_routed_experts
+        if E >= 2**15:
+            raise ValueError(f"n_routed_experts is {E}; must be below 2^15")
         if self.topk_method != "greedy":
             least = 2 if self.topk_method == "noaux_tc" else 1  # experts that rank a group
             if not self.n_group or E % self.n_group or E // self.n_group < least:
@@ -675,7 +677,7 @@ def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     """indices (N, K) -> order and its inverse (S,): slots sorted by expert, ties in order of the
     tokens; and where each expert's slots end in that order, int32 (E,). Slot s belongs to token
     s // K."""
-    # Short keys sort faster.
+    # A GPU sorts short keys in half the time.
     experts, order = indices.flatten().to(torch.int16).sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
@@ -732,9 +734,9 @@ def count_trained(moe: "MoE") -> int:
 
 
 def trained_stacks(moe: "MoE", length: int = 0) -> Stacks | None:
-    """For `experts_grouped`: the first experts of gate_up and of down, as leaves' views that want a
-    gradient, and the place (1,) of the last of them that is trained; None if there is none. With a
-    `length`, the stacks have so many experts in every layer, so that one graph serves all."""
+    """For `experts_grouped`: the first experts of gate_up and of down, as tensors that want a
+    gradient, and the place (1,) of the last of them that is trained; None if none is. A `length`
+    beyond that place makes layers alike, so that one graph serves all."""
     count = count_trained(moe)
     if not count:
         return None
@@ -787,7 +789,7 @@ def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
     return torch.bmm(act.to(x.dtype), moe.down.mT).sum(0)
 
 
-def waits_for_no_count(x: Tensor) -> bool:
+def no_synchronisation(x: Tensor) -> bool:
     """Whether numbers of slots stay on the device: on a GPU each one read is a synchronisation, and
     in what is compiled it would end the graph."""
     return x.is_cuda or torch.compiler.is_compiling()
@@ -795,7 +797,7 @@ def waits_for_no_count(x: Tensor) -> bool:
 
 def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """x (S, A), sorted by expert and ending at `ends` (E,), times stack (E, A, Z) -> (S, Z)."""
-    if waits_for_no_count(x):
+    if no_synchronisation(x):
         return F.grouped_mm(x, stack, offs=ends)
     # On a CPU torch's own loop takes up to three times as long as this one.
     out = x.new_empty(len(x), stack.shape[-1])
@@ -853,7 +855,7 @@ class GroupedExperts(torch.autograd.Function):
         if ctx.length:
             # Behind the last that is trained: no slots, so zeros.
             ends = torch.minimum(ends[: ctx.length], ends[last])
-            some = None if waits_for_no_count(x) else sum(tokens_per_expert(ends, len(order)))
+            some = None if no_synchronisation(x) else sum(tokens_per_expert(ends, len(order)))
             rows = slice(some)
             act = (silu[rows] * up[rows] * weight[rows]).to(x.dtype)
             dgate_up = grouped_outer(dh[rows], x.index_select(0, token[rows]), ends)
@@ -914,7 +916,7 @@ class GroupedProduct(torch.autograd.Function):
 def grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     """x (S, A) and dy (S, Z), sorted by expert and ending at `ends` (E,) -> x_e^T dy_e (E, A, Z),
     the gradient of a stack: zero for an expert without rows."""
-    if waits_for_no_count(x):
+    if no_synchronisation(x):
         return F.grouped_mm(x.T, dy, offs=ends)
     out = x.new_empty(len(ends), x.shape[1], dy.shape[1])
     counts = tokens_per_expert(ends, len(x))
@@ -1160,8 +1162,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses, slope.add_(ids == targets[:, None], alpha=-1).to(logits.dtype)
 
 
-# One kernel or two instead of a dozen; for any number of tokens.
-compiled_cross_entropy = torch.compile(cross_entropy, dynamic=True)
+@cache
+def compiled_cross_entropy() -> Callable:
+    """One kernel or two instead of a dozen, for any number of tokens."""
+    return torch.compile(cross_entropy, dynamic=True)
 
 
 class HeadLosses(torch.autograd.Function):
@@ -1211,7 +1215,7 @@ def token_losses(
     hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # (M, D)
     targets, head = targets[where].to(hidden.device), model.lm_head
     if hidden.requires_grad and not head.weight.requires_grad:
-        piece = compiled_cross_entropy if compiled else cross_entropy
+        piece = compiled_cross_entropy() if compiled else cross_entropy
         return HeadLosses.apply(hidden, head.weight, targets, chunk, piece), balance_loss
 
     def losses(hidden, targets):

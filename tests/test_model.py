@@ -324,6 +324,7 @@ def test_published_v2_lite_has_its_parameters():
         ),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("num_experts_per_tok", 9, "num_experts_per_tok is 9; a token can reach only 8"),
+        ("n_routed_experts", 2**15, r"n_routed_experts is 32768; must be below 2\^15"),
         ("hidden_size", "32", "hidden_size is '32'; must be an integer"),
         ("rms_norm_eps", None, "rms_norm_eps is null; a value is required"),
         ("kv_lora_rank", None, "field kv_lora_rank is missing"),
