@@ -68,6 +68,7 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
         ["growth.py"],
         ["agreement.py"],
         ["decode.py"],
+        ["load.py"],
         ["demo_step.py"],
         ["compare_methods.py", "tune"],
     ],
