@@ -378,6 +378,11 @@ class Cache:
         return cls(layers, torch.zeros(rows, dtype=torch.int64, device=like.device))
 
 
+def on_gpu(x: Tensor) -> bool:
+    """A function of its own for `--plan`, whose tensors without data stand for a GPU's."""
+    return x.is_cuda
+
+
 def effective_weight(linear: nn.Linear) -> Tensor:
     """W, or W + scaling * B A of a Linear that carries LoRA (`add_lora`): for code that uses the
     weight without calling the Linear, whose hook then does not run."""
@@ -430,7 +435,7 @@ def attend(
         out = [attend(*(x[indices] for x in tokens), scale=scale) for indices in groups]
         return torch.cat([x.flatten(0, 1) for x in out])[places].view(*q.shape[:2], -1)
     width = v.shape[-1]
-    if not q.is_cuda or torch.are_deterministic_algorithms_enabled():
+    if not on_gpu(q) or torch.are_deterministic_algorithms_enabled():
         # Heads of one width are what a CPU's fast kernel wants, and of a GPU's the fast one that
         # gives the same bits twice; the others hold all scores (B, heads, T, T).
         v = F.pad(v, (0, max(q.shape[-1] - width, 0)))
@@ -721,12 +726,15 @@ class TrainedStack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dstack):
-        return None, None, *dstack.view(-1, *ctx.shape)[: ctx.count].unbind()
+        pieces = dstack.view(-1, *ctx.shape)
+        if ctx.count < len(pieces):  # lets go of what only made the layers alike
+            pieces = pieces[: ctx.count].clone()
+        return None, None, *pieces.unbind()
 
 
 def count_trained(moe: "MoE") -> int:
-    """How many experts, from the front of the stacks, hold all that want a gradient; none without
-    grad mode."""
+    """How many experts, from the front of the stacks, hold all that want a gradient (and, where
+    requires_grad was set by hand, some that do not); none without grad mode."""
     if not torch.is_grad_enabled():
         return 0
     wanted = [any(p.requires_grad for p in expert) for expert in moe.stacked]
@@ -792,7 +800,7 @@ def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> 
 def no_synchronisation(x: Tensor) -> bool:
     """Whether numbers of slots stay on the device: on a GPU each one read is a synchronisation, and
     in what is compiled it would end the graph."""
-    return x.is_cuda or torch.compiler.is_compiling()
+    return on_gpu(x) or torch.compiler.is_compiling()
 
 
 def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
@@ -809,9 +817,10 @@ def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 
 def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
     """out (S, D), sorted by expert -> the sum of each token's K slots (N, D). Without gradient."""
-    if out.device.type == "cpu":  # in one pass, without the slots in another order
-        return F.embedding_bag(inverse.view(-1, K), out, mode="sum")
-    return out[inverse].view(-1, K, out.shape[-1]).sum(1)
+    if no_synchronisation(out):
+        return out[inverse].view(-1, K, out.shape[-1]).sum(1)
+    # On a CPU in one pass, without the slots in another order.
+    return F.embedding_bag(inverse.view(-1, K), out, mode="sum")
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -853,10 +862,11 @@ class GroupedExperts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = sum_slots(grouped_mm(dh, gate_up, ends), inverse, K)
         if ctx.length:
+            rows = slice(None)
+            if not no_synchronisation(x):
+                rows = slice(sum(tokens_per_expert(ends, len(order))[: ctx.length]))
             # Behind the last that is trained: no slots, so zeros.
             ends = torch.minimum(ends[: ctx.length], ends[last])
-            some = None if no_synchronisation(x) else sum(tokens_per_expert(ends, len(order)))
-            rows = slice(some)
             act = (silu[rows] * up[rows] * weight[rows]).to(x.dtype)
             dgate_up = grouped_outer(dh[rows], x.index_select(0, token[rows]), ends)
             ddown = grouped_outer(dy[rows], act, ends)
@@ -868,7 +878,7 @@ def experts_with_lora(
 ) -> Tensor:
     """What `experts_grouped` returns where experts carry LoRA: gradients of x, weights and every A
     and B, none of the stacks. Raises ValueError if an expert's own weights ask for one."""
-    if torch.is_grad_enabled() and any(e.up_proj.weight.requires_grad for e in moe.experts):
+    if count_trained(moe):
         raise ValueError('LoRA over experts that are trained, too, needs experts "loop"')
     N, K = weights.shape
     slots, experts = x[order // K], [moe.experts[e] for e in moe.order]  # (S, D)
@@ -917,7 +927,10 @@ def grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     """x (S, A) and dy (S, Z), sorted by expert and ending at `ends` (E,) -> x_e^T dy_e (E, A, Z),
     the gradient of a stack: zero for an expert without rows."""
     if no_synchronisation(x):
-        return F.grouped_mm(x.T, dy, offs=ends)
+        out = F.grouped_mm(x.T, dy, offs=ends)
+        # Blackwell GPUs leave there what was in memory (pytorch issue 172439).
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return out.masked_fill(empty[:, None, None], 0)
     out = x.new_empty(len(ends), x.shape[1], dy.shape[1])
     counts = tokens_per_expert(ends, len(x))
     for rows, dys, result in zip(x.split(counts), dy.split(counts), out):
@@ -969,6 +982,11 @@ class MoE(nn.Module):
         self.places = torch.tensor(places, device=self.down.device)
         # By place: the weights of gate_proj, up_proj, down_proj. Asking modules takes far longer.
         self.stacked = [tuple(m.weight for m in self.experts[e].children()) for e in self.order]
+
+    @property
+    def takes_stacks(self) -> bool:
+        """Whether `trained_stacks` is for it."""
+        return self.run_experts is experts_grouped and not self.has_lora
 
     @torch.no_grad()
     def put_first(self, experts: list[int]) -> None:
@@ -1037,8 +1055,11 @@ class Block(nn.Module):
         attention = MultiHeadAttention if config.model_type == "deepseek" else LatentAttention
         self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.is_moe = config.is_moe(layer)
-        self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = (
+            MoE(config)
+            if config.is_moe(layer)
+            else MLP(config.hidden_size, config.intermediate_size)
+        )
 
     def forward(
         self,
@@ -1053,7 +1074,7 @@ class Block(nn.Module):
         """x (B, T, D) -> x (B, T, D), and of a MoE layer what it returns beside."""
         x = x + self.self_attn(self.input_layernorm(x), rope, past, positions, documents)
         y = self.post_attention_layernorm(x)
-        if self.is_moe:
+        if isinstance(self.mlp, MoE):
             y, loss, routing = self.mlp(y, balance, trained)
             return x + y, loss, routing
         return x + self.mlp(y), None, None
@@ -1061,8 +1082,9 @@ class Block(nn.Module):
 
 @cache
 def compiled_block(tuned: bool) -> Callable:
-    """A block's forward, compiled for each shape: two graphs, one for dense and one for MoE layers,
-    serve all layers. `tuned` tries sizes for each kernel: half a minute more."""
+    """A block's forward, compiled for each shape. One graph for dense and one for MoE layers serve
+    all; in training layers before the first trained expert, and the first with one, have their own.
+    `tuned` tries sizes for each kernel: half a minute more."""
     # One for each shape that is decoded; from the default of 8 on they would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
     options = {"coordinate_descent_tuning": True} if tuned else None
@@ -1125,8 +1147,9 @@ class Transformer(nn.Module):
         losses = []
         for i, block in enumerate(self.model.layers):
             past = cache.layers[i] if cache is not None else None
-            # Of all layers the same length, and one after the other: the GPU works meanwhile.
-            trained = trained_stacks(block.mlp, length) if length and block.is_moe else None
+            trained = None
+            if length and isinstance(block.mlp, MoE) and block.mlp.takes_stacks:
+                trained = trained_stacks(block.mlp, length)  # here: the GPU works meanwhile
             given = x, rope, past, positions, groups, balance, trained
             if checkpointing:
                 x, loss, routing = checkpoint(run_block, block, *given, use_reentrant=False)
@@ -1141,10 +1164,9 @@ class Transformer(nn.Module):
         return self.model.norm(x), torch.stack(losses).sum(0) if losses else None
 
     def most_trained(self) -> int:
-        """The largest of the layers' `count_trained`, where experts are run by grouped products."""
-        moes = (block.mlp for block in self.model.layers if block.is_moe)
-        grouped = (m for m in moes if m.run_experts is experts_grouped and not m.has_lora)
-        return max(map(count_trained, grouped), default=0)
+        """The largest of the layers' `count_trained`, where they take stacks."""
+        moes = (block.mlp for block in self.model.layers if isinstance(block.mlp, MoE))
+        return max((count_trained(moe) for moe in moes if moe.takes_stacks), default=0)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V)."""

@@ -405,13 +405,14 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
 def parse_value(f, text: str | list[str]):
     if f.type in (str, list[str]):
         return text
-    if f.type in (bool, bool | None) and text in ("true", "false"):
+    if f.type in (bool, bool | None):
+        if text not in ("true", "false"):
+            raise ValueError(f"{f.name} is {text!r}; must be true or false")
         return text == "true"
     try:
         return int(text) if f.type is int else float(text)
     except ValueError:
-        kinds = {bool: "true or false", bool | None: "true or false", int: "an integer"}
-        kind = kinds.get(f.type, "a number")
+        kind = "an integer" if f.type is int else "a number"
         raise ValueError(f"{f.name} is {text!r}; must be {kind}") from None
 
 
@@ -461,19 +462,20 @@ class MasterAdamW:
         )
 
     def accumulate(self) -> None:
-        """Adds the parameters' gradients to the masters', in float32, and frees them: a few at a
-        time, so that not all are there twice."""
+        """Adds the parameters' gradients to the masters', in float32, and frees them."""
         arrived = [(self.masters[n], p) for n, p in self.parameters.items() if p.grad is not None]
+        # A few at a time: those of a layer are freed before the next layer's float32 ones are made.
         for start in range(0, len(arrived), 32):
             group = arrived[start : start + 32]
-            new = [(master, p) for master, p in group if master.grad is None]
             sums = [(master.grad, p.grad) for master, p in group if master.grad is not None]
+            if sums:
+                torch._foreach_add_(*map(list, zip(*sums)))
+            new = [(master, p) for master, p in group if master.grad is None]
             for master, p in new:
                 master.grad = p.grad if p.dtype == torch.float32 else torch.empty_like(master)
             copies = [(m.grad, p.grad) for m, p in new if m.grad is not p.grad]
-            for of_each, pairs in ((torch._foreach_copy_, copies), (torch._foreach_add_, sums)):
-                if pairs:
-                    of_each(*map(list, zip(*pairs)))
+            if copies:
+                torch._foreach_copy_(*map(list, zip(*copies)))
             for _, p in group:
                 p.grad = None
 
@@ -776,6 +778,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
             f"{base}/config.json: first_k_dense_replace and moe_layer_freq leave no MoE layer; "
             "there are no experts to score"
         )
+    settle_compile(config, meta.config, sum(p.numel() for p in meta.parameters()))
     tokenizer = load_tokenizer(base, config.chat_format)
     samples = encode_file(config.data, tokenizer)
     rows, held_out = prepare_rows(config, samples, tokenizer)
@@ -789,6 +792,20 @@ def read_inputs(config: TrainConfig) -> Inputs:
     mine = identity(config, fingerprint(stored))
     check_output(config, mine)
     return Inputs(base, meta.config, tokenizer, samples, rows, held_out, mine)
+
+
+def settle_compile(config: TrainConfig, model_config: ModelConfig, parameters: int) -> None:
+    """Decides `compile` where it is left open. Raises ValueError where it was asked for and the
+    model's sizes do not allow it: grouped products on a GPU want strides of 16 bytes."""
+    names = ("hidden_size", "moe_intermediate_size")
+    odd = [f"{name} {getattr(model_config, name)}" for name in names]
+    odd = [text for text in odd if int(text.split()[1]) % 8]
+    if config.compile and odd:
+        raise ValueError(f"compile is True; cannot be with {odd[0]}: must be a multiple of 8")
+    if config.compile is None:
+        micro_batches = config.steps * config.gradient_accumulation_steps
+        pays = config.device.startswith("cuda") and parameters >= 1e9 and micro_batches >= 200
+        config.compile = pays and not odd and not no_compilation(config)
 
 
 def score_experts(config: TrainConfig, model: Transformer, inputs: Inputs, path: Path) -> Scores:
@@ -1036,10 +1053,11 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
     """`train`, of what is read and checked, in an output_dir that no other process writes to."""
     started = time.perf_counter()
     job = prepare(config, inputs)
-    config = settle_compile(config, job.base_parameters)
     optimizer = MasterAdamW(job.parameters, config)
     state = resume(job.output, optimizer)
     print_start(config, job, state)
+    if config.compile and state["step"] < config.steps:
+        print("the first step compiles the layers, which takes up to half a minute", flush=True)
     started -= state["seconds"]  # of the processes before, up to the checkpoint
 
     clock = Clock(config, state["step"])
@@ -1114,18 +1132,6 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
     }
     write_json(job.output / "results.json", results, indent=2)
     return results
-
-
-def settle_compile(config: TrainConfig, parameters: int) -> TrainConfig:
-    """Decides `compile` where it is left open; the same for every part of a run that is
-    continued."""
-    if config.compile is None:
-        micro_batches = config.steps * config.gradient_accumulation_steps
-        pays = config.device.startswith("cuda") and parameters >= 1e9 and micro_batches >= 200
-        config = replace(config, compile=pays and not no_compilation(config))
-    if config.compile:
-        print("the first step compiles the layers, which takes half a minute", flush=True)
-    return config
 
 
 def be_deterministic(on: bool) -> None:
@@ -1240,7 +1246,10 @@ def step_bytes(config: TrainConfig, model: Transformer, trained: dict[str, nn.Pa
     known += [stack for m in model.modules() if isinstance(m, MoE) for stack in (m.gate_up, m.down)]
     optimizer = MasterAdamW(trained, rehearsal)
     alpha = balance_weight(config, model.config)
+    # float32 has no grouped product of its own: torch goes through a loop, as ours on a CPU.
+    like_gpu = config.device.startswith("cuda") and config.dtype == "bfloat16"
     with (
+        mock.patch("model.on_gpu", lambda x: like_gpu),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
         Allocations([*known, *optimizer.masters.values()]) as allocations,
     ):
@@ -1302,6 +1311,8 @@ def plan_rank(
     weights = held_by(shares.index(mine), dict(model.named_parameters()))
     for name, p in trained.items():
         p.requires_grad_(name in mine)
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        moe.put_first([e for e, m in enumerate(moe.experts) if m.up_proj.weight.requires_grad])
     size = getattr(torch, config.dtype).itemsize
     count = sum(p.numel() for p in mine.values())
     micro_batch = rank_config.batch_size // rank_config.gradient_accumulation_steps

@@ -4,12 +4,12 @@
     python benchmarks/agreement.py --tiny    # the same code on a CPU, in seconds
 
 A random model of the DeepSeek-V2 family in bfloat16, whose weights are all the same in float64.
-Reference: transformers' model in float64. Compared, in bfloat16: logits and the gradients of every
-weight: of our loop, our grouped products, these with compiled layers, and transformers. An error
-is the norm of the difference over the norm of the reference; of the gradients the median and the
-largest over all tensors, those of one expert counted together. Near ties of the router are what
-decides: a token that goes to another expert errs wholly, in every model. So the figures are of the
-same kind and not the same. Prints its conditions, a table, and one JSON line."""
+Reference: transformers' model in float64, but for the norms and the router, which it computes in
+float32. Compared, in bfloat16: logits and the gradients of every weight, of our loop, our grouped
+products, these with compiled layers, and transformers. An error is the norm of the difference over
+the norm of the reference; of the gradients the median and the largest over all tensors, a layer's
+experts counted together. Near ties of the router are what decides: a token that goes to another
+expert errs wholly, in every model. Prints its conditions, a table, and one JSON line."""
 
 import argparse
 import copy
@@ -100,7 +100,6 @@ def main() -> None:
         return logits, gather(gradients, config.n_routed_experts)
 
     exact = copy.deepcopy(theirs).double()
-    # transformers computes norms and the router in float32 where they say so; here, too.
     exact.set_experts_implementation("eager")
     logits, gradients = of_theirs(exact)
     del exact

@@ -72,8 +72,9 @@ class Ours:
         args = self.config, self.model, self.rows, alpha, self.optimizer, SingleProcess()
         loss = compute_gradients(*args).sum()
         norm = SingleProcess().grad_norm(self.optimizer.gradients)
-        masters = self.optimizer.masters.values()
-        torch.nn.utils.clip_grads_with_norm_(masters, self.config.max_grad_norm, norm)
+        if norm > self.config.max_grad_norm:
+            masters = self.optimizer.masters.values()
+            torch.nn.utils.clip_grads_with_norm_(masters, self.config.max_grad_norm, norm)
         self.optimizer.step(RATE)
         return loss.item(), norm.item()
 

@@ -6,15 +6,26 @@ from functools import partial
 
 import pytest
 import torch
+from benchmarks.v2_lite import V2_LITE
 from test_model import small_config
 from test_train import settings
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as modules
-from model import Block, build_model, cross_entropy, mark_trainable, put_tensors, token_losses
+from model import (
+    Block,
+    ModelConfig,
+    build_model,
+    cross_entropy,
+    mark_trainable,
+    put_tensors,
+    read_json,
+    token_losses,
+)
 from select_experts import collect_scores
 from train import TrainConfig, settle_compile, train
 
+V2_LITE_CONFIG = ModelConfig(**V2_LITE)
 # Of five MoE layers: none, one, several, all but one, all.
 SELECTION = {"1": [], "2": [6], "3": [0, 3, 7], "4": list(range(1, 8)), "5": list(range(8))}
 
@@ -54,17 +65,21 @@ def gradients(model, tokens, **options) -> dict[str, torch.Tensor]:
 def test_compiled_layers_give_the_gradients_in_as_few_graphs_as_there_are_kinds_of_layer(
     graphs, checkpointing
 ):
-    config, (plain, compiled) = random_models()
-    tokens = torch.randint(0, config.vocab_size, (2, 48))
-    for model in (plain, compiled):
+    config, (compiled,) = random_models(1)
+    exact = build_model(config, dtype=torch.float32)
+    put_tensors(exact, dict(compiled.named_parameters()))
+    tokens = torch.randint(0, config.vocab_size, (4, 96))
+    for model in (exact, compiled):
         mark_trainable(model, {"experts": SELECTION})
-    options = {"chunk": 40, "checkpointing": checkpointing}
-    expected = gradients(plain, tokens, **options)
+    options = {"chunk": 100, "checkpointing": checkpointing}
+    expected = gradients(exact, tokens, **options)
     found = gradients(compiled, tokens, compiled=True, **options)
     assert expected.keys() == found.keys() and len(found) == 2 + 3 * 19
-    for name, value in expected.items():
-        error = (found[name].float() - value.float()).norm()
-        assert error <= 0.02 * value.float().norm(), name  # of bfloat16
+    # In bfloat16 a token near a tie may go to another expert; one tensor alone may differ more.
+    errors = {n: (found[n].float() - value).norm() for n, value in expected.items()}
+    assert all(error <= 0.6 * expected[name].norm() for name, error in errors.items()), errors
+    norm = sum(value.norm() ** 2 for value in expected.values()).sqrt()
+    assert sum(error**2 for error in errors.values()).sqrt() < 0.04 * norm
     # Dense; before anything is trained; the first with trained experts, whose input wants no
     # gradient; the three others.
     assert graphs.frame_count == 4
@@ -84,13 +99,17 @@ def test_compiled_scores_are_the_scores(graphs, monkeypatch):
             assert found[name][layer] == pytest.approx(values, abs=0.01)
 
 
-def test_a_compiled_run_has_the_losses_of_a_plain_one(graphs, checkpoint, chat_file, tmp_path):
+def test_a_compiled_run_has_the_losses_of_a_plain_one(
+    graphs, checkpoint, chat_file, tmp_path, capsys
+):
     losses = {}
     for compiled in (False, True):
         changes = dict(dtype="bfloat16", compile=compiled, steps=3, save_steps=3, eval_steps=3)
         result = train(settings(checkpoint, chat_file, tmp_path / str(compiled), **changes))
         losses[compiled] = result["best_validation_loss"]
         assert bool(graphs.frame_count) == compiled
+        assert ("compiles the layers" in capsys.readouterr().out) == compiled
+        assert read_json(tmp_path / str(compiled) / "train_config.json")["compile"] is compiled
     assert losses[True] == pytest.approx(losses[False], rel=0.01)
 
 
@@ -109,7 +128,8 @@ def test_what_cannot_be_compiled_is_refused_and_left_out_by_itself(changes, mess
         TrainConfig(**keys, compile=True).check()
     open_ = TrainConfig(**keys)
     open_.check()
-    assert settle_compile(open_, 15_000_000_000).compile is False
+    settle_compile(open_, small_config(), 15_000_000_000)
+    assert open_.compile is False
 
 
 @pytest.mark.parametrize(
@@ -124,7 +144,19 @@ def test_what_cannot_be_compiled_is_refused_and_left_out_by_itself(changes, mess
         ({"compile": True, "device": "cpu"}, 4_000_000, True),
     ],
 )
-def test_layers_are_compiled_where_that_pays(changes, parameters, compiled, capsys):
+def test_layers_are_compiled_where_that_pays(changes, parameters, compiled):
     config = TrainConfig(**(dict(device="cuda", dtype="bfloat16") | changes))
-    assert settle_compile(config, parameters).compile is compiled
-    assert ("compiles the layers" in capsys.readouterr().out) == compiled
+    settle_compile(config, V2_LITE_CONFIG, parameters)
+    assert config.compile is compiled
+
+
+def test_sizes_that_grouped_products_do_not_take_are_refused_before_the_work():
+    odd = small_config(moe_intermediate_size=12)
+    config = TrainConfig(device="cuda", dtype="bfloat16", compile=True)
+    with pytest.raises(
+        ValueError, match="compile is True; cannot be with moe_intermediate_size 12"
+    ):
+        settle_compile(config, odd, 15_000_000_000)
+    config.compile = None
+    settle_compile(config, odd, 15_000_000_000)
+    assert config.compile is False

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, random_config
+from test_model import small_config
 from test_train import metrics, settings
 
 import train as training
-from model import build_model, load_model
+from model import MoE, build_model, load_model
 from train import Allocations, MasterAdamW, Rows, SingleProcess, TrainConfig, plan, train
 
 
@@ -50,6 +51,51 @@ def test_planned_bytes_are_those_of_a_real_step(checkpoint, experts, checkpointi
             training.compute_gradients(config, model, rows, 0.0, optimizer, SingleProcess())
         peaks.append(allocations.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_planned_bytes_of_the_demo_are_those_of_its_step(checkpointing):
+    """Where experts are small and few are trained, how many slots are theirs counts."""
+    config = TrainConfig(
+        seq_length=256,
+        batch_size=4,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=checkpointing,
+        learning_rate=1e-5,
+        device="cpu",
+        dtype="float32",
+    )
+    cfg = {"experts": {"1": [0, 4, 22, 37], "2": [7, 5], "3": [53], "4": [7, 24, 39, 21]}}
+    base = load_model(ROOT / "demo/base", dtype=torch.float32)
+    meta = build_model(base.config, "meta", torch.float32)
+    planned = training.step_bytes(config, meta, training.mark_trained(config, meta, cfg))
+    optimizer = MasterAdamW(training.mark_trained(config, base, cfg), config)
+    tokens = torch.randint(0, 1024, (config.batch_size, 256))
+    rows = Rows(tokens, tokens, torch.zeros_like(tokens))
+    stacks = [s for m in base.modules() if isinstance(m, MoE) for s in (m.gate_up, m.down)]
+    known = [*base.parameters(), *base.buffers(), *stacks, tokens, rows.documents]
+    with Allocations(known) as allocations:
+        training.compute_gradients(config, base, rows, 0.0005, optimizer, SingleProcess())
+    assert planned == pytest.approx(allocations.peak, rel=0.01)
+
+
+def test_a_plan_over_ranks_does_not_depend_on_the_order_of_the_experts():
+    config = TrainConfig(
+        seq_length=8,
+        batch_size=4,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-5,
+        device="cuda",
+        dtype="bfloat16",
+    )
+    sizes = dict(num_hidden_layers=4, hidden_size=64, moe_intermediate_size=512, vocab_size=64)
+    needs = []
+    for experts in ([0, 1, 6, 7], [6, 7, 0, 1]):
+        model = build_model(small_config(**sizes), "meta")
+        cfg = {"experts": {str(layer): experts for layer in model.config.moe_layers}}
+        trained = training.mark_trained(config, model, cfg)
+        needs.append(training.plan_rank(config, model, trained, 4))
+    assert needs[0] == needs[1]
 
 
 def test_plan_by_hand(tmp_path):

@@ -45,9 +45,7 @@ def table_model(monkeypatch):
     )
     model.model.layers[0].mlp.gate = FixedGate()
     gate = model.model.layers[0].mlp.gate
-    monkeypatch.setattr(
-        model, "hidden_states", lambda tokens, watch, **_: watch(0, gate(tokens)[:2])
-    )
+    monkeypatch.setattr(model, "hidden_states", lambda tokens, watch: watch(0, gate(tokens)[:2]))
     return model
 
 
