@@ -196,8 +196,10 @@ class TrainConfig:
     )
     compile: bool | None = key(
         None,
-        "run the layers through torch.compile (default: on a GPU, for models from a billion "
-        "parameters and runs from 200 micro-batches, where half a minute at the start pays)",
+        "true or false: whether layers go through torch.compile, which takes 10 to 60 seconds at "
+        "the start, bfloat16, and a C++ compiler; not for experts loop, document_mask and lora "
+        "(default: true on a GPU, if the model has a billion parameters or more and the run 200 "
+        "micro-batches or more)",
     )
     deterministic: bool = key(
         True, "same seed and machine, same bits; false: let a GPU choose faster algorithms"
@@ -221,8 +223,9 @@ class TrainConfig:
             if type(value) not in kinds or (
                 f.type == list[str] and not all(type(v) is str for v in value)
             ):
-                kind = getattr(f.type, "__name__", str(f.type))
-                raise ValueError(f"{f.name} is {value!r}; must be of type {kind}")
+                kind = f"of type {getattr(f.type, '__name__', f.type)}"
+                kind = "true or false" if f.type in (bool, bool | None) else kind
+                raise ValueError(f"{f.name} is {value!r}; must be {kind}")
         if not self.device:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if not self.dtype:
@@ -296,7 +299,7 @@ class TrainConfig:
             )
         self._check_without_effect()
         if self.compile and (obstacle := no_compilation(self)):
-            raise ValueError(f"compile is True; cannot be with {obstacle}")
+            raise ValueError(f"compile is true; cannot be with {obstacle}")
         for entry in self.eval_sets:
             if entry.partition(":")[0] not in TASKS or ":" not in entry:
                 raise ValueError(
@@ -327,14 +330,15 @@ class TrainConfig:
 
 
 def no_compilation(config: TrainConfig) -> str:
-    """The key and value with which layers cannot be compiled; empty if there is none."""
+    """The key and value with which layers cannot be compiled, and why; empty if there is none."""
     reasons = {
-        "dtype": config.dtype == "float32",  # torch.compile takes grouped products of bfloat16 only
-        "experts": config.experts == "loop",  # waits for the number of tokens of each expert
-        "document_mask": config.document_mask,  # other shapes in every step
-        "method": config.method == "lora",
+        "dtype float32, since grouped products compile in bfloat16 alone": config.dtype
+        == "float32",
+        "experts loop, which waits for each expert's number of tokens": config.experts == "loop",
+        "document_mask, which makes other shapes in every step": config.document_mask,
+        "method lora, which has parameters of its own in each expert": config.method == "lora",
     }
-    return next((f"{k} {getattr(config, k)}" for k, stands in reasons.items() if stands), "")
+    return next((reason for reason, stands in reasons.items() if stands), "")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -794,18 +798,33 @@ def read_inputs(config: TrainConfig) -> Inputs:
     return Inputs(base, meta.config, tokenizer, samples, rows, held_out, mine)
 
 
+def compiler_error(device: str) -> str:
+    """Why torch.compile does not work here, as without a C++ compiler; empty if it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # the compiler's own kinds, and those of what it calls
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
 def settle_compile(config: TrainConfig, model_config: ModelConfig, parameters: int) -> None:
     """Decides `compile` where it is left open. Raises ValueError where it was asked for and the
-    model's sizes do not allow it: grouped products on a GPU want strides of 16 bytes."""
+    model's sizes or the machine do not allow it: grouped products want strides of 16 bytes."""
     names = ("hidden_size", "moe_intermediate_size")
     odd = [f"{name} {getattr(model_config, name)}" for name in names]
     odd = [text for text in odd if int(text.split()[1]) % 8]
     if config.compile and odd:
-        raise ValueError(f"compile is True; cannot be with {odd[0]}: must be a multiple of 8")
-    if config.compile is None:
-        micro_batches = config.steps * config.gradient_accumulation_steps
-        pays = config.device.startswith("cuda") and parameters >= 1e9 and micro_batches >= 200
+        raise ValueError(f"compile is true; cannot be with {odd[0]}: must be a multiple of 8")
+    micro_batches = config.steps * config.gradient_accumulation_steps
+    pays = config.device.startswith("cuda") and parameters >= 1e9 and micro_batches >= 200
+    by_itself = config.compile is None
+    if by_itself:
         config.compile = pays and not odd and not no_compilation(config)
+    if config.compile and (reason := compiler_error(config.device)):
+        if not by_itself:
+            raise ValueError(f"compile is true; torch.compile does not work here: {reason}")
+        config.compile = False
+        print(f"layers are not compiled, as torch.compile does not work here: {reason}")
 
 
 def score_experts(config: TrainConfig, model: Transformer, inputs: Inputs, path: Path) -> Scores:
@@ -1057,7 +1076,7 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
     state = resume(job.output, optimizer)
     print_start(config, job, state)
     if config.compile and state["step"] < config.steps:
-        print("the first step compiles the layers, which takes up to half a minute", flush=True)
+        print("the first step compiles the layers, for 10 to 60 seconds", flush=True)
     started -= state["seconds"]  # of the processes before, up to the checkpoint
 
     clock = Clock(config, state["step"])
@@ -1147,6 +1166,7 @@ class Clock:
 
     def __init__(self, config: TrainConfig, first: int):
         self.config, self.first, self.done = config, first, first
+        self.counted_from = first
         self.begun = self.step_begun = time.perf_counter()
 
     def start_step(self) -> None:
@@ -1158,7 +1178,9 @@ class Clock:
         config, now = self.config, time.perf_counter()
         self.done += 1
         tokens = config.batch_size * config.seq_length
-        left = (config.steps - self.done) * (now - self.begun) / (self.done - self.first)
+        left = (config.steps - self.done) * (now - self.begun) / (self.done - self.counted_from)
+        if self.done == self.first + 1:  # it compiles and warms up: no measure for the others
+            self.begun, self.counted_from = now, self.done
         return {
             "tokens_per_second": round(tokens / (now - self.step_begun)),
             "memory_gib": round(peak_memory(config.device) / 2**30, 2),

@@ -1,7 +1,7 @@
 """How far bfloat16 is from float64: our expert paths beside transformers.
 
     python benchmarks/agreement.py           # a GPU
-    python benchmarks/agreement.py --tiny    # the same code on a CPU, in seconds
+    python benchmarks/agreement.py --tiny    # on a CPU, in seconds: the same, not compiled
 
 A random model of the DeepSeek-V2 family in bfloat16, whose weights are all the same in float64.
 Reference: transformers' model in float64, but for the norms and the router, which it computes in

@@ -2,7 +2,7 @@
 the DeepSeek-V2-Lite shape.
 
     python benchmarks/growth.py           # a GPU with 141 GB
-    python benchmarks/growth.py --tiny    # the same code on a CPU, in seconds
+    python benchmarks/growth.py --tiny    # on a CPU, in seconds: the same, not compiled
 
 Random bfloat16 weights, random tokens; forward and backward to the gradients of the trained experts
 (what AdamW adds depends on their number alone: benchmarks/v2_lite.py has whole steps), layers

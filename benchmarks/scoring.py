@@ -2,7 +2,7 @@
 transformers.
 
     python benchmarks/scoring.py           # a GPU with 80 GB
-    python benchmarks/scoring.py --tiny    # the same code on a CPU, in seconds
+    python benchmarks/scoring.py --tiny    # on a CPU, in seconds: the same, not compiled
 
 Random bfloat16 weights, the same in both models; 32 rows of 4096 random tokens. Ours is
 `collect_scores`, to the finished scores on the host, with the layers as they are, and compiled: the

@@ -2,7 +2,7 @@
 memory beside what `train.py --plan` says.
 
     python benchmarks/v2_lite.py           # a GPU with 141 GB
-    python benchmarks/v2_lite.py --tiny    # the same code on a CPU, in seconds
+    python benchmarks/v2_lite.py --tiny    # on a CPU, in seconds: the same, not compiled
 
 Random bfloat16 weights; ESFT trains 124 experts (as many as the published selection for intent:
 1.07B parameters), LoRA matrices of rank 8 at every linear layer; random tokens. Ours is a whole

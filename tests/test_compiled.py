@@ -12,6 +12,7 @@ from test_train import settings
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as modules
+import train as training
 from model import (
     Block,
     ModelConfig,
@@ -39,6 +40,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(modules, "compiled_block", lambda tuned: block)
     whole = torch.compile(cross_entropy, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(modules, "compiled_cross_entropy", lambda: whole)
+    monkeypatch.setattr(training, "compiler_error", lambda device: "")
     yield counter
     torch._dynamo.reset()
 
@@ -116,15 +118,15 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"dtype": "float32"}, "dtype float32"),
-        ({"experts": "loop"}, "experts loop"),
-        ({"document_mask": True}, "document_mask True"),
-        ({"method": "lora"}, "method lora"),
+        ({"dtype": "float32"}, "dtype float32, since"),
+        ({"experts": "loop"}, "experts loop, which"),
+        ({"document_mask": True}, "document_mask, which"),
+        ({"method": "lora"}, "method lora, which"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_and_left_out_by_itself(changes, message):
     keys = dict(model="m", data="d", output_dir="o", device="cuda", dtype="bfloat16") | changes
-    with pytest.raises(ValueError, match=f"compile is True; cannot be with {message}"):
+    with pytest.raises(ValueError, match=f"compile is true; cannot be with {message}"):
         TrainConfig(**keys, compile=True).check()
     open_ = TrainConfig(**keys)
     open_.check()
@@ -144,17 +146,32 @@ def test_what_cannot_be_compiled_is_refused_and_left_out_by_itself(changes, mess
         ({"compile": True, "device": "cpu"}, 4_000_000, True),
     ],
 )
-def test_layers_are_compiled_where_that_pays(changes, parameters, compiled):
+def test_layers_are_compiled_where_that_pays(changes, parameters, compiled, monkeypatch):
+    monkeypatch.setattr(training, "compiler_error", lambda device: "")  # the GPU is not here
     config = TrainConfig(**(dict(device="cuda", dtype="bfloat16") | changes))
     settle_compile(config, V2_LITE_CONFIG, parameters)
     assert config.compile is compiled
+
+
+def test_a_machine_without_a_compiler_is_noticed_before_the_work(monkeypatch, capsys):
+    def no_compiler(function):
+        raise RuntimeError("no working C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    config = TrainConfig(device="cpu", dtype="bfloat16", compile=True)
+    with pytest.raises(ValueError, match="does not work here: no working C\\+\\+ compiler$"):
+        settle_compile(config, V2_LITE_CONFIG, 15_000_000_000)
+    config.compile, config.device = None, "cuda"
+    settle_compile(config, V2_LITE_CONFIG, 15_000_000_000)
+    assert config.compile is False
+    assert "not compiled, as torch.compile does not work here: no work" in capsys.readouterr().out
 
 
 def test_sizes_that_grouped_products_do_not_take_are_refused_before_the_work():
     odd = small_config(moe_intermediate_size=12)
     config = TrainConfig(device="cuda", dtype="bfloat16", compile=True)
     with pytest.raises(
-        ValueError, match="compile is True; cannot be with moe_intermediate_size 12"
+        ValueError, match="compile is true; cannot be with moe_intermediate_size 12"
     ):
         settle_compile(config, odd, 15_000_000_000)
     config.compile = None
