@@ -146,7 +146,7 @@ def transformers_model(model: Transformer, fields: dict, device: str):
     theirs = theirs.to(torch.bfloat16).to_empty(device=device).eval()
     own = model.state_dict()
     for layer, block in enumerate(model.model.layers):
-        if block.is_moe:
+        if model.config.is_moe(layer):
             prefix, moe = f"model.layers.{layer}.mlp.experts.", block.mlp
             own[f"{prefix}gate_up_proj"] = moe.gate_up[moe.places]
             own[f"{prefix}down_proj"] = moe.down[moe.places]
