@@ -331,14 +331,15 @@ class TrainConfig:
 
 def no_compilation(config: TrainConfig) -> str:
     """The key and value with which layers cannot be compiled, and why; empty if there is none."""
-    reasons = {
-        "dtype float32, since grouped products compile in bfloat16 alone": config.dtype
-        == "float32",
-        "experts loop, which waits for each expert's number of tokens": config.experts == "loop",
-        "document_mask, which makes other shapes in every step": config.document_mask,
-        "method lora, which has parameters of its own in each expert": config.method == "lora",
-    }
-    return next((reason for reason, stands in reasons.items() if stands), "")
+    if config.dtype == "float32":
+        return "dtype float32, since grouped products compile in bfloat16 alone"
+    if config.experts == "loop":
+        return "experts loop, which waits for each expert's number of tokens"
+    if config.document_mask:
+        return "document_mask, which makes other shapes in every step"
+    if config.method == "lora":
+        return "method lora, which has parameters of its own in each expert"
+    return ""
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -803,16 +804,15 @@ def compiler_error(device: str) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # the compiler's own kinds, and those of what it calls
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
 
 
 def settle_compile(config: TrainConfig, model_config: ModelConfig, parameters: int) -> None:
     """Decides `compile` where it is left open. Raises ValueError where it was asked for and the
     model's sizes or the machine do not allow it: grouped products want strides of 16 bytes."""
-    names = ("hidden_size", "moe_intermediate_size")
-    odd = [f"{name} {getattr(model_config, name)}" for name in names]
-    odd = [text for text in odd if int(text.split()[1]) % 8]
+    sizes = {n: getattr(model_config, n) for n in ("hidden_size", "moe_intermediate_size")}
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % 8]
     if config.compile and odd:
         raise ValueError(f"compile is true; cannot be with {odd[0]}: must be a multiple of 8")
     micro_batches = config.steps * config.gradient_accumulation_steps

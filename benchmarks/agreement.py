@@ -11,7 +11,6 @@ the norm of the reference; of the gradients the median and the largest over all 
 experts counted together. Near ties of the router are what decides: a token that goes to another
 expert errs wholly, in every model. Prints its conditions, a table, and one JSON line."""
 
-import argparse
 import copy
 import json
 import statistics
@@ -22,6 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from v2_lite import (  # noqa: E402
+    TINY,
+    V2_LITE,
+    command_line,
+    print_conditions,
+    random_model,
+    transformers_model,
+)
+
 from model import (  # noqa: E402
     ModelConfig,
     choose_experts_path,
@@ -29,7 +37,6 @@ from model import (  # noqa: E402
     mark_trainable,
     token_losses,
 )
-from v2_lite import TINY, V2_LITE, conditions, random_model, transformers_model  # noqa: E402
 
 SMALL = dict(
     vocab_size=8192,
@@ -62,13 +69,7 @@ def gather(gradients: dict[str, torch.Tensor], n_experts: int) -> dict[str, torc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
-    )
-    args = parser.parse_args()
+    args = command_line(__doc__).parse_args()
     device, rows, length = ("cpu", 2, 32) if args.tiny else ("cuda", 4, 1024)
     fields = V2_LITE | (TINY if args.tiny else SMALL)
     config = ModelConfig(**fields)
@@ -103,8 +104,7 @@ def main() -> None:
     exact.set_experts_implementation("eager")
     logits, gradients = of_theirs(exact)
     del exact
-    made = conditions(device)
-    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    made = print_conditions(device)
     print(f"{rows} rows of {length} tokens, {sum(p.numel() for p in model.parameters()):,} weights")
     print(f"{'who':<24} {'logits':>9} {'gradients, median':>18} {'largest':>9}  of")
     runs = {

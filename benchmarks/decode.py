@@ -8,7 +8,6 @@ is the decoding without the prompts' pass: seconds for 128 new tokens less secon
 127. Ours with the step as it is and compiled, both captured in a CUDA graph; transformers'
 `generate` with experts by grouped_mm. Prints its conditions, a table, and one JSON line."""
 
-import argparse
 import json
 import sys
 import time
@@ -18,17 +17,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import Decoder  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
 from v2_lite import (  # noqa: E402
     TINY,
     V2_LITE,
-    conditions,
+    command_line,
     median_seconds,
+    print_conditions,
     random_model,
     synchronise,
     transformers_model,
 )
+
+from eval import Decoder  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 
 
 @torch.inference_mode()
@@ -75,12 +76,7 @@ def transformers_step(theirs, prompts: list, new: int, device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--skip_transformers", action="store_true", help="time ours alone")
     args = parser.parse_args()
     device = "cpu" if args.tiny else "cuda"
@@ -88,8 +84,7 @@ def main() -> None:
     fields = V2_LITE | TINY if args.tiny else V2_LITE
     model = random_model(ModelConfig(**fields), device)
     theirs = None if args.skip_transformers else transformers_model(model, fields, device)
-    made = conditions(device)
-    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    made = print_conditions(device)
     print(f"bfloat16, context {context}, {new} new tokens")
     print(
         f"{'batch':>5} {'who':<22} {'ms a step':>10} {'tokens/s':>9} {'prompts s':>9} "

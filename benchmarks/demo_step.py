@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from v2_lite import conditions
+from v2_lite import print_conditions
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -155,8 +155,8 @@ def main() -> None:
     trained = sum(p.numel() for p in ours["loop"].optimizer.parameters.values())
     n_experts = sum(len(ids) for ids in cfg["experts"].values())
     where = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    made = conditions("cpu") | {"device": where}
-    print(f"{', '.join(f'{name} {v}' for name, v in made.items())}, float32")
+    made = print_conditions("cpu") | {"device": where}
+    print(f"{where}, float32")
     print(
         f"{config.batch_size} rows of {config.seq_length} tokens, {rows.learned} of them learned; "
         f"{n_experts} experts trained ({trained:,} parameters); medians of {rounds} rounds"

@@ -9,7 +9,6 @@ Random bfloat16 weights, random tokens; forward and backward to the gradients of
 compiled, no gradient checkpointing, algorithms of the GPU's choice. Prints its conditions, a table,
 and one JSON line."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,16 +17,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import ModelConfig, Transformer, mark_trainable, token_losses  # noqa: E402
 from v2_lite import (  # noqa: E402
     TINY,
     V2_LITE,
-    conditions,
+    command_line,
     empty_memory,
     median_seconds,
     peak_gib,
+    print_conditions,
     random_model,
 )
+
+from model import ModelConfig, Transformer, mark_trainable, token_losses  # noqa: E402
 
 
 def measure(model: Transformer, rows: int, length: int, trained: int, device: str) -> dict:
@@ -54,18 +55,11 @@ def measure(model: Transformer, rows: int, length: int, trained: int, device: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
-    )
-    args = parser.parse_args()
+    args = command_line(__doc__).parse_args()
     device, unit = ("cpu", 16) if args.tiny else ("cuda", 1024)
     fields = V2_LITE | TINY if args.tiny else V2_LITE
     model = random_model(ModelConfig(**fields), device)
-    made = conditions(device)
-    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    made = print_conditions(device)
     E = model.config.n_routed_experts
     tables = {
         f"sequence length, {16 * unit:,} tokens at once": [

@@ -10,7 +10,6 @@ command line does not compile, since that takes longer than scoring. "first s" i
 compilation included. transformers runs its layers alone, without the head, with experts by
 grouped_mm, and counts nothing. Prints its conditions, a table, and one JSON line."""
 
-import argparse
 import json
 import sys
 import time
@@ -22,34 +21,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import ModelConfig  # noqa: E402
-from select_experts import collect_scores  # noqa: E402
 from v2_lite import (  # noqa: E402
     TINY,
     V2_LITE,
-    conditions,
+    command_line,
     median_seconds,
+    print_conditions,
     random_model,
     transformers_model,
 )
 
+from model import ModelConfig  # noqa: E402
+from select_experts import collect_scores  # noqa: E402
+
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
-    )
-    args = parser.parse_args()
+    args = command_line(__doc__).parse_args()
     device, count, length = ("cpu", 4, 64) if args.tiny else ("cuda", 32, 4096)
     fields = V2_LITE | TINY if args.tiny else V2_LITE
     model = random_model(ModelConfig(**fields), device)
     theirs = transformers_model(model, fields, device)
     tokens = torch.randint(0, fields["vocab_size"], (count, length))
-    made = conditions(device)
-    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    made = print_conditions(device)
     print(f"bfloat16, {count} rows of {length} tokens")
     print(f"{'who':<16} {'rows at once':>12} {'seconds':>8} {'tokens/s':>9} {'first s':>8}")
     results = []

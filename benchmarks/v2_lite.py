@@ -119,18 +119,30 @@ def median_seconds(run, device: str, repeats: int, burn_in: int = 1) -> float:
     return statistics.median(times[burn_in:])
 
 
-def conditions(device: str) -> dict:
+def command_line(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
+    )
+    return parser
+
+
+def print_conditions(device: str) -> dict:
     """What a result depends on beside the code, and the code's commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
-    return {
+    made = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "date": str(datetime.date.today()),
         "commit": commit,
     }
+    print(", ".join(f"{name} {value}" for name, value in made.items()))
+    return made
 
 
 def transformers_model(model: Transformer, fields: dict, device: str):
@@ -192,7 +204,9 @@ class Measured:
     def step(self) -> None:
         gradients = self.gradients()
         norm = SingleProcess().grad_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(self.optimizer.masters.values(), 1.0, norm)
+        if norm > self.config.max_grad_norm:
+            masters = self.optimizer.masters.values()
+            torch.nn.utils.clip_grads_with_norm_(masters, self.config.max_grad_norm, norm)
         self.optimizer.step(1e-5)
 
     def same_bits(self) -> dict[str, bool]:
@@ -309,12 +323,7 @@ def measure_transformers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny shape on the CPU, to see that the script works"
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--steps", type=int, default=5, help="timed steps (default: 5), after 2 of burn-in"
     )
@@ -322,8 +331,7 @@ def main() -> None:
     device, length = ("cpu", 64) if args.tiny else ("cuda", 4096)
     fields = V2_LITE | TINY if args.tiny else V2_LITE
     model = random_model(ModelConfig(**fields), device)
-    made = conditions(device)
-    print(", ".join(f"{k} {v}" for k, v in made.items()))
+    made = print_conditions(device)
     print(f"bfloat16, rows of {length} tokens, medians of {args.steps} steps after 2 of burn-in")
     print(
         f"{'who':<12} {'method':<11} {'rows':>4} {'saved by':>13} {'bits':>5} {'blocks':>8} "
