@@ -120,7 +120,8 @@ def generate_batches(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     on_gpu = model.lm_head.weight.is_cuda
     large = sum(p.numel() for p in model.parameters()) > 1e9
-    compiled = on_gpu and large and len(batches) * max_new_tokens >= COMPILED_STEPS
+    long = len(batches) * max_new_tokens >= COMPILED_STEPS
+    compiled = on_gpu and large and long and can_be_captured(model, batch_size)
     if compiled:
         print("decoding: the step is compiled first, for 10 to 60 seconds", flush=True)
     decoder, new, begin = None, 0, time.perf_counter()
@@ -235,7 +236,7 @@ class Decoder:
 def can_be_captured(model: Transformer, rows: int) -> bool:
     """Whether no layer of a step waits for the GPU."""
     moes = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
-    if any(moe.run_experts is not experts_grouped for moe in moes):
+    if any(moe.run_experts is not experts_grouped or not moe.is_whole for moe in moes):
         return False
     few = rows <= FEW_TOKENS and not any(moe.has_lora for moe in moes)
     return few or model.lm_head.weight.dtype == torch.bfloat16  # else grouped_mm is a loop
@@ -1186,21 +1187,22 @@ def score(task: str, examples: list[dict], judge: Judge | None = None) -> Result
     return RESULTS[TASKS[task].kind](TASKS[task], examples, judge)
 
 
-def evaluate(
+def answer_file(
     model: Transformer,
     tokenizer: Tokenizer,
     task: str,
     path: str | Path,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
-) -> Result:
-    """Runs `task`, a key of TASKS, on a data file, without a judge and without saving anything."""
+) -> list[dict]:
+    """The examples of a data file of `task`, a key of TASKS, with the model's answers, for
+    `score`."""
     ask = Ask(tokenizer)
     examples = read_examples(path, task, ask)
     sizes = max_new_tokens or TASKS[task].max_new_tokens, batch_size
     for i, answered in PREDICTIONS[TASKS[task].kind](model, ask, examples, *sizes):
         examples[i] = answered
-    return score(task, examples)
+    return examples
 
 
 # ------------------------------------------------------------------------------------------

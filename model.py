@@ -709,7 +709,7 @@ def experts_loop(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Ten
     order, inverse, ends = sort_by_expert(indices, len(moe.experts))
     slots = x[order // K].split(tokens_per_expert(ends, N * K))  # the one synchronisation
     out = torch.cat([expert(slot) for expert, slot in zip(moe.experts, slots)])  # (S, D)
-    return (out[inverse].view(N, K, -1) * weights[..., None]).sum(1).to(x.dtype)
+    return (out[inverse].view(N, K, x.shape[1]) * weights[..., None]).sum(1).to(x.dtype)
 
 
 Stacks = tuple[Tensor, Tensor, Tensor]
@@ -765,10 +765,10 @@ def experts_grouped(
     indices = moe.places[indices]
     if x.is_cuda and len(x) <= FEW_TOKENS and not moe.has_lora and not torch.is_grad_enabled():
         # Uncompiled and in bfloat16, grouped products read no more than the chosen experts.
-        all_used = indices.numel() >= len(moe.experts)
+        all_used = indices.numel() >= len(moe.order)
         if all_used or torch.compiler.is_compiling() or x.dtype != torch.bfloat16:
             return experts_for_few(moe, x, weights, indices)
-    order, inverse, ends = sort_by_expert(indices, len(moe.experts))
+    order, inverse, ends = sort_by_expert(indices, len(moe.order))
     if moe.has_lora:
         return experts_with_lora(moe, x, weights, order, inverse, ends)
     if trained is None and not torch.compiler.is_compiling():
@@ -780,7 +780,7 @@ def experts_grouped(
 def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """What `experts_grouped` returns, without gradients and without sorting the slots; `indices`
     are places in the stacks."""
-    (N, K), E = indices.shape, len(moe.experts)
+    (N, K), E = indices.shape, len(moe.order)
     if N * K < E and compiling_for_few(x):
         # Compiled, the gathered weights are never written: they go from memory into the sums.
         h = (moe.gate_up[indices].float() * x[:, None, None].float()).sum(-1)  # (N, K, 2I)
@@ -887,7 +887,7 @@ def experts_with_lora(
     up = grouped_lora(slots, w_up, [e.up_proj for e in experts], ends)
     act = F.silu(gate.float()) * up.float() * weights.flatten()[order, None]
     out = grouped_lora(act.to(x.dtype), moe.down, [e.down_proj for e in experts], ends)
-    return out[inverse].view(N, K, -1).sum(1)
+    return out[inverse].view(N, K, x.shape[1]).sum(1)
 
 
 def grouped_lora(x: Tensor, stack: Tensor, linears: list[nn.Linear], ends: Tensor) -> Tensor:
@@ -953,7 +953,8 @@ class MoE(nn.Module):
     grouped path. copy.deepcopy would part them: load the model again instead.
 
     Expert e lies at places[e] of the stacks, so that trained experts can lie side by side, and
-    order[i] is the expert at place i: at first, both count up."""
+    order[i] is the expert at place i: at first, both count up. A process of train_ep.py holds the
+    experts in `order` alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -978,20 +979,38 @@ class MoE(nn.Module):
         self._note_places()
 
     def _note_places(self) -> None:
-        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        places = [0] * len(self.experts)
+        for place, e in enumerate(self.order):
+            places[e] = place
         self.places = torch.tensor(places, device=self.down.device)
         # By place: the weights of gate_proj, up_proj, down_proj. Asking modules takes far longer.
         self.stacked = [tuple(m.weight for m in self.experts[e].children()) for e in self.order]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all experts are held here."""
+        return len(self.order) == len(self.experts)
+
+    @property
     def takes_stacks(self) -> bool:
         """Whether `trained_stacks` is for it."""
-        return self.run_experts is experts_grouped and not self.has_lora
+        return self.run_experts is experts_grouped and not self.has_lora and self.is_whole
+
+    def keep_experts(self, held: range) -> None:
+        """Lets go of all experts but these, while there are no weights yet. Where another one was
+        stands nn.Identity: it has no parameters, and an empty slice goes through it."""
+        for e in set(range(len(self.experts))) - set(held):
+            self.experts[e] = nn.Identity()
+        self.order = list(held)
+        stacks = (self.gate_up, self.down)
+        self.gate_up, self.down = (s.new_empty(len(held), *s.shape[1:]) for s in stacks)
+        self._view_stacks()
 
     @torch.no_grad()
     def put_first(self, experts: list[int]) -> None:
-        """Moves experts to the front of the stacks; their parameters remain the same objects, with
-        the same values."""
+        """Moves experts to the front of the stacks, those of them that are held here; their
+        parameters remain the same objects, with the same values."""
+        experts = [e for e in experts if e in self.order]
         if set(self.order[: len(experts)]) == set(experts):
             return
         before = self.order.copy()
@@ -1027,10 +1046,17 @@ class MoE(nn.Module):
         the routing. `trained` goes to `experts_grouped`."""
         flat = x.flatten(0, 1)
         weights, indices, scores = self.gate(flat)
-        given = () if trained is None else (trained,)
-        y = self.run_experts(self, flat, weights, indices, *given).view_as(x)
+        y = self.all_experts(flat, weights, indices, trained).view_as(x)
         loss = self.balance_loss(scores, indices, len(x)) if balance else None
-        return y + self.shared_experts(x), loss, (weights.detach(), indices)
+        return y, loss, (weights.detach(), indices)
+
+    def all_experts(
+        self, x: Tensor, weights: Tensor, indices: Tensor, trained: Stacks | None = None
+    ) -> Tensor:
+        """The sum of routed and shared experts, x (N, D) -> (N, D). train_ep.py puts another
+        function in its place, where other processes hold some of the experts."""
+        given = () if trained is None else (trained,)
+        return self.run_experts(self, x, weights, indices, *given) + self.shared_experts(x)
 
     def balance_loss(self, scores: Tensor, indices: Tensor, rows: int) -> Tensor:
         """sum_i f_i P_i of each row (B,), not yet times aux_loss_alpha (DeepSeekMoE, eq. 12 to 14):
@@ -1707,9 +1733,10 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     adapter: str | Path | None = None,
     experts: str = "auto",
+    split: Callable[["Transformer"], None] | None = None,
 ) -> Transformer:
     """The checkpoint in directory `path` or of that hub name, with `adapter` over it. Everything is
-    frozen.
+    frozen. `split` may take parts out of the model, on the meta device, which are then not read.
 
     Names and shapes are compared with the config before memory is taken; then each tensor is read
     once, straight to its place. Raises OSError and ValueError that name file, tensor and shape."""
@@ -1717,6 +1744,8 @@ def load_model(
     path = local_directory(path)
     model, stored = read_checkpoint(path)
     model.fingerprint = fingerprint(stored)
+    if split is not None:
+        split(model)
     if adapter is not None:
         adapter = local_directory(adapter, "adapter")
         read_adapter(adapter, model)  # a wrong one is refused before the base is read
@@ -1829,10 +1858,16 @@ def mark_trainable(model: Transformer, expert_cfg: dict) -> None:
         model.model.layers[int(layer)].mlp.put_first(experts)
 
 
-def save_adapter(model: Transformer, expert_cfg: dict, directory: str | Path) -> None:
+def save_adapter(
+    model: Transformer,
+    expert_cfg: dict,
+    directory: str | Path,
+    trained: dict[str, Tensor] | None = None,
+) -> None:
     """Writes the selected tensors in the published ESFT format, adapter.safetensors and
-    expert_cfg.json; the latter also names the base, which other readers pass over."""
-    trained = trained_parameters(model, expert_cfg)
+    expert_cfg.json; the latter also names the base, which other readers pass over. `trained`: these
+    tensors, where the model here does not hold them all."""
+    trained = trained_parameters(model, expert_cfg) if trained is None else trained
     tensors = {name: p.detach().cpu().clone() for name, p in trained.items()}
     with replacing(Path(directory) / "adapter.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
@@ -1873,9 +1908,12 @@ def read_adapter(directory: Path, model: Transformer) -> StoredAdapter:
     if not files:
         raise FileNotFoundError(f"{directory}: an adapter needs a .safetensors file")
     found: dict[str, StoredTensor] = {}
+    elsewhere = held_elsewhere(model)
     for path in files:
         for stored in read_header(path).values():
             name = "model." + stored.name if stored.name.startswith("layers.") else stored.name
+            if name.startswith(elsewhere):
+                continue
             if name not in expected:
                 raise ValueError(
                     f"{path}: tensor {stored.name} is not selected by {directory}/expert_cfg.json"
@@ -1891,6 +1929,17 @@ def read_adapter(directory: Path, model: Transformer) -> StoredAdapter:
             f"{directory}: {len(missing)} selected tensors are missing: {', '.join(missing[:5])}"
         )
     return StoredAdapter(found)
+
+
+def held_elsewhere(model: Transformer) -> tuple[str, ...]:
+    """How the names of tensors begin whose experts this model does not hold (train_ep.py), so that
+    they are another process's to check and to read."""
+    return tuple(
+        f"{name}.experts.{e}."
+        for name, moe in model.named_modules()
+        if isinstance(moe, MoE) and not moe.is_whole
+        for e in set(range(len(moe.experts))) - set(moe.order)
+    )
 
 
 def check_base(named: str | None, path: Path, model: Transformer) -> None:
@@ -1982,8 +2031,8 @@ def attach_lora(model: Transformer, modules: set[str], rank: int, scaling: float
 def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> None:
     """y = W x + scaling * B A x in every Linear but the head, routed and shared experts included
     (the paper: rank 8, scaling 2). B starts at zero, A uniform within 1 / sqrt(in), as in PEFT,
-    the same for a seed on every device. A and B are trained, in W's dtype; everything else is
-    frozen.
+    drawn by seed and name: the same on every device, and whatever else the model holds. A and B are
+    trained, in W's dtype; everything else is frozen.
 
     Raises ValueError for a rank below 1, a scaling that is not finite, or where there is LoRA."""
     if type(rank) is not int or rank < 1:
@@ -1994,14 +2043,17 @@ def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> No
         raise ValueError("the model carries LoRA already; remove_lora takes it off")
     model.requires_grad_(False)
     attach_lora(model, set(linears(model)), rank, scaling)
-    generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora_parameters(model).items():
+        parameter.requires_grad_(True)
+        if parameter.is_meta:
+            continue
         start = torch.zeros(parameter.shape)
         if name.endswith("lora_A.weight"):
+            own = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(own, "little"))
             nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             parameter.copy_(start)
-        parameter.requires_grad_(True)
 
 
 def remove_lora(model: Transformer) -> None:
@@ -2024,15 +2076,19 @@ def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:
 PEFT_PREFIX = "base_model.model."
 
 
-def save_lora(model: Transformer, directory: str | Path) -> None:
+def save_lora(
+    model: Transformer, directory: str | Path, trained: dict[str, Tensor] | None = None
+) -> None:
     """Writes the model's LoRA as PEFT does, adapter_model.safetensors and adapter_config.json.
+    `trained`: all A and B, where the model here does not hold them all.
 
     The base's fingerprint is in the metadata of the tensors: PEFT warns of keys of
     adapter_config.json that it does not know. Raises ValueError where there is no LoRA."""
     carriers = {name: m for name, m in linears(model).items() if hasattr(m, "lora_A")}
     if not carriers:
         raise ValueError("the model carries no LoRA; there is nothing to save")
-    tensors = {PEFT_PREFIX + n: p.detach().cpu().clone() for n, p in lora_parameters(model).items()}
+    trained = lora_parameters(model) if trained is None else trained
+    tensors = {PEFT_PREFIX + name: p.detach().cpu().clone() for name, p in trained.items()}
     # One key alone: safetensors writes several in random order.
     metadata = {"base_fingerprint": model.fingerprint} if model.fingerprint else {"format": "pt"}
     with replacing(Path(directory) / "adapter_model.safetensors") as part:
@@ -2143,8 +2199,11 @@ def read_lora(directory: Path, model: Transformer) -> StoredAdapter:
         metadata = file.metadata() or {}
     check_base(metadata.get("base_fingerprint"), path, model)
     found: dict[str, StoredTensor] = {}
+    elsewhere = held_elsewhere(model)
     for stored in read_header(path).values():
         name = stored.name.removeprefix(PEFT_PREFIX)
+        if name.startswith(elsewhere):
+            continue
         if name not in expected or name == stored.name:
             raise ValueError(
                 f"{path}: tensor {stored.name} is not LoRA of a Linear of this model that "

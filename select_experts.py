@@ -7,11 +7,14 @@ Scores have the published shape, layer ids absolute:
 
 import argparse
 import importlib.util
+import os
 import random
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,10 +38,14 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 @torch.no_grad()
 def collect_scores(
-    model: Transformer, batches: Iterable[tuple[Tensor, Tensor]], average: str = "tokens"
+    model: Transformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    average: str = "tokens",
+    sum_ranks: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> Scores:
     """Both scores of every routed expert. A batch is tokens (B, T) and lengths (B,), padding at the
-    end; both on the CPU.
+    end; both on the CPU. `sum_ranks` adds up a tensor on the CPU over processes that have other
+    batches each.
 
     gate score g_i = 1/Ns sum_j 1/L_j sum_t g_i(t), token selection ratio r_i the same with 1(g_i(t)
     > 0) / K in place of the gate (ESFT, eq. 5 and 6): the mean over the tokens of a sample, then
@@ -53,8 +60,7 @@ def collect_scores(
     def watch(layer: int, routing: Routing) -> None:
         weights, indices = routing  # (N, K)
         gates = weights / config.routed_scaling_factor if config.scales_gates else weights
-        ratios = torch.full_like(gates, 1 / config.num_experts_per_tok)
-        for total, values in zip(totals[layer], (ratios, gates)):
+        for total, values in zip(totals[layer], (torch.ones_like(gates), gates)):
             # A product instead of sums into E places: the same bits each time, on a GPU, too.
             chosen = part.new_zeros(len(part), config.n_routed_experts)
             total += part @ chosen.scatter_(1, indices, values.double())
@@ -65,6 +71,8 @@ def collect_scores(
         part = (valid * weight[:, None].double()).flatten().to(device)
         model.hidden_states(tokens.to(device), watch=watch)
         count += len(lengths) if average == "samples" else lengths.sum().item()
+    totals, count = sum_ranks(totals.cpu()), sum_ranks(torch.tensor(count, dtype=torch.float64))
+    totals[:, 0] /= config.num_experts_per_tok  # up to here whole numbers, in any order the same
     scores: Scores = {"token_scores": {}, "gate_scores": {}}
     for layer, total in enumerate((totals / count).tolist()):
         for name, row in zip(scores, total):
@@ -151,18 +159,26 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def scoring_batches(sequences: list[list[int]], pad_id: int, max_tokens: int = 16384):
+def scoring_batches(
+    sequences: list[list[int]],
+    pad_id: int,
+    max_tokens: int = 16384,
+    rank: int = 0,
+    world_size: int = 1,
+):
     """Batches for `collect_scores` of at most `max_tokens` tokens with padding, with a progress
-    bar."""
+    bar; of several processes, those of one."""
+    groups = list(by_length([len(sequence) for sequence in sequences], max_tokens))
+    mine = groups[rank::world_size]
     with tqdm(
-        total=sum(map(len, sequences)),
+        total=sum(len(sequences[i]) for group in mine for i in group),
         desc="score",
         unit="token",
         unit_scale=True,
         leave=False,
         disable=None,
     ) as bar:
-        for group in by_length([len(sequence) for sequence in sequences], max_tokens):
+        for group in mine:
             rows = [sequences[i] for i in group]
             yield pad(rows, pad_id), torch.tensor([len(row) for row in rows])
             bar.update(sum(map(len, rows)))
@@ -215,7 +231,7 @@ def main() -> None:
         description=(
             "Find the experts that a task uses. Runs the model over samples of the task's data, "
             "scores every expert of every layer, and writes the smallest set of experts per layer "
-            "that holds top_p of the score."
+            "that holds top_p of the score. With torchrun, processes share the samples."
         ),
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -284,7 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the samples and of --selection random (default: 0)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -307,6 +323,18 @@ def main() -> None:
         parser.error(f"--plot is {args.plot}; must end in .png")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not args.device:
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        args.device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks
+
+    def sum_ranks(total: Tensor) -> Tensor:
+        if world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
     try:
         wrote = [args.output]
         check_output_file(args.output, [args.data or args.scores])
@@ -317,9 +345,15 @@ def main() -> None:
             ModelConfig.from_json(base / "config.json")  # refuses what is not supported
             tokenizer = load_tokenizer(base, args.chat_format)
             samples = encode_file(args.data, tokenizer)
+            if world_size > 1:
+                torch.distributed.init_process_group("gloo")
             model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
             drawn = sample_tokens(samples, args.n_sample_tokens, args.seq_length, args.seed)
-            scores = collect_scores(model, scoring_batches(drawn, tokenizer.eos_id), args.average)
+            batches = scoring_batches(drawn, tokenizer.eos_id, rank=rank, world_size=world_size)
+            scores = collect_scores(model, batches, args.average, sum_ranks)
+        if rank:
+            return
+        if args.model:
             wrote.append(str(Path(args.output).with_suffix(".scores.json")))
             write_json(wrote[1], scores)
         experts = choose(scores, args.score, top_p, args.selection, args.seed)
@@ -337,6 +371,9 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; no selection was written") from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     print("wrote", ", ".join(wrote))
     print(
         f"next: python train.py --config FILE.toml --output_dir DIR --expert_config {args.output}"

@@ -20,8 +20,8 @@ import sys
 import time
 import tomllib
 import weakref
-from collections.abc import Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from unittest import mock
@@ -46,7 +46,7 @@ from data import (
     rows_of_step,
     sample_tokens,
 )
-from eval import TASKS, Ask, evaluate, read_examples, write_records
+from eval import TASKS, Ask, answer_file, read_examples, score, write_records
 from model import (
     EXPERT_PATHS,
     ModelConfig,
@@ -354,14 +354,6 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE.toml", help="keys of this list as a flat TOML file"
     )
-    parser.add_argument(
-        "--plan",
-        nargs="*",
-        type=int,
-        metavar="RANKS",
-        help="train nothing and load nothing: print the memory that the run needs, and for other "
-        "numbers of ranks that share the experts what one of them needs (--plan 1 8 64)",
-    )
     for f in fields(TrainConfig):
         shown = str(f.default).lower() if f.type is bool else f.default
         default = "" if f.default in (None, "", ()) else f" (default: {shown})"
@@ -377,9 +369,12 @@ def command_line() -> argparse.ArgumentParser:
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
     """The config of a command line. Raises ValueError that names file, key and what is required."""
-    args = vars(command_line().parse_args(argv))
-    del args["plan"]
-    path = args.pop("config")
+    return config_of(command_line().parse_args(argv))
+
+
+def config_of(arguments: argparse.Namespace) -> TrainConfig:
+    """`parse_config`, of what is parsed."""
+    args, path = vars(arguments), arguments.config
     values = {}
     if path:
         try:
@@ -430,6 +425,9 @@ class SingleProcess:
 
     rank, world_size = 0, 1
 
+    def split(self, model: Transformer) -> None:
+        """Takes out of a model on the meta device what other ranks hold."""
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks."""
         return value
@@ -440,6 +438,29 @@ class SingleProcess:
     def grad_norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """The norm of the whole model's gradient."""
         return nn.utils.get_total_norm(gradients.values())
+
+    def saves(self, name: str) -> bool:
+        """Whether it is this rank that saves the trained tensor of that name."""
+        return True
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """On the first rank the trained tensors of all, by name."""
+        return tensors
+
+    def first(self, function, *args, **options):
+        """What the function returns, or raises, on the first rank, where alone it runs."""
+        return function(*args, **options)
+
+    def each(self, function, *args, **options):
+        """What the function returns here; an error on one rank is raised on all."""
+        return function(*args, **options)
+
+    def all(self, value) -> list:
+        """Every rank's value."""
+        return [value]
+
+    def check_same(self, values: dict) -> None:
+        """Raises ValueError on all ranks if one has other values."""
 
 
 # ------------------------------------------------------------------------------------------
@@ -455,11 +476,11 @@ class MasterAdamW:
         self.masters = {name: p.detach().float() for name, p in parameters.items()}
         matrices = [m for m in self.masters.values() if m.ndim > 1]
         vectors = [m for m in self.masters.values() if m.ndim < 2]  # norms and biases do not decay
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # may be empty
         if any(master.is_meta for master in self.masters.values()):
             return  # a plan counts the bytes of gradients, and takes no step
         self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            groups,
             lr=config.learning_rate,
             fused=True,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -497,12 +518,15 @@ class MasterAdamW:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
-        torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
+        if self.masters:
+            torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
 
-    def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name, on the CPU."""
+    def state(self, saves: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Masters and moments by name, on the CPU, of the parameters that `saves` names."""
         tensors = {}
         for name, master in self.masters.items():
+            if not saves(name):
+                continue
             moments = self.adamw.state[master]
             tensors |= {
                 f"master.{name}": master,
@@ -608,80 +632,128 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(output: Path, optimizer: MasterAdamW, state: dict) -> None:
+def save_checkpoint(output: Path, optimizer: MasterAdamW, state: dict, parallel) -> None:
     """Writes checkpoints/step-N, unless it is there (or N is 0), whole or not at all, with the hash
-    of each file; keeps the newest two."""
+    of each file; keeps the newest two. Each rank writes a file with what it `saves`."""
     directory = output / "checkpoints" / f"step-{state['step']:06d}"
-    if directory.exists() or not state["step"]:
+    if not state["step"] or parallel.first(directory.exists):
         return
     part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        with replacing(part / "optimizer.safetensors") as file:
-            save_file(optimizer.state(), file)
+    parallel.first(shutil.rmtree, part, ignore_errors=True)
+
+    def write_tensors() -> dict[str, str]:
+        if not (tensors := optimizer.state(parallel.saves)):
+            return {}
+        rank = f"-{parallel.rank}" if parallel.rank else ""
+        path = part / f"optimizer{rank}.safetensors"
+        with replacing(path) as file:
+            save_file(tensors, file)
+        return {path.name: file_hash(path)}
+
+    def finish() -> None:
         write_json(part / "state.json", state)
-        hashes = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+        hashes["state.json"] = file_hash(part / "state.json")
         write_json(part / "sha256.json", hashes)
         os.replace(part, directory)
         sync_directory(directory.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    for old in checkpoints(output)[:-2]:
-        shutil.rmtree(old)
+        for old in checkpoints(output)[:-2]:
+            shutil.rmtree(old)
 
-
-def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint; None if its files are as they were written."""
     try:
-        hashes = read_json(directory / "sha256.json")
-        for name in ("optimizer.safetensors", "state.json"):
-            if not isinstance(hashes, dict) or file_hash(directory / name) != hashes.get(name):
-                return f"{directory / name}: is not as it was written (its hash differs)"
+        written = parallel.all(parallel.each(write_tensors))
+        hashes = {name: value for files in written for name, value in files.items()}
+        parallel.first(finish)
+    finally:
+        if parallel.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def damage(directory: Path, parallel) -> str | None:
+    """What is wrong with a checkpoint; None if its files are as they were written. Ranks share the
+    files."""
+    try:
+        hashes = parallel.first(read_json, directory / "sha256.json")
+        names = parallel.first(lambda: sorted(path.name for path in directory.iterdir()))
     except (ValueError, OSError) as error:
         return str(error)
+    for name in "state.json", *(hashes if isinstance(hashes, dict) else ()):
+        if name not in names:
+            return f"{directory / name}: is missing"
+    found = None
+    for name in names[parallel.rank :: parallel.world_size]:
+        try:
+            if name != "sha256.json" and file_hash(directory / name) != hashes.get(name):
+                found = f"{directory / name}: is not as it was written (its hash differs)"
+        except OSError as error:
+            found = str(error)
+    return next(filter(None, parallel.all(found)), None)
 
 
-def newest_checkpoint(output: Path) -> Path | None:
+def newest_checkpoint(output: Path, parallel) -> Path | None:
     """The newest checkpoint that is whole. Damaged ones are reported and set aside."""
     problem = None
-    for directory in reversed(checkpoints(output)):
-        problem = damage(directory)
+    for directory in reversed(parallel.first(checkpoints, output)):
+        problem = damage(directory, parallel)
         if problem is None:
             return directory
         aside = directory.with_name(f"damaged-{directory.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(directory, aside)
+        parallel.first(shutil.rmtree, aside, ignore_errors=True)
+        parallel.first(os.replace, directory, aside)
         print(f"{problem}; set aside as {aside}, the checkpoint before it is used", flush=True)
     if problem:
         print("there is none before it: begins at step 1", flush=True)
     return None
 
 
-def resume(output: Path, optimizer: MasterAdamW) -> dict:
+def read_optimizer(directory: Path, optimizer: MasterAdamW, trained: Iterable[str]) -> dict:
+    """The optimizer's tensors of this rank's parameters; `trained`: the names of all ranks'. Raises
+    ValueError unless the checkpoint holds just these, whatever number of ranks wrote it."""
+    tensors, held = {}, set()
+    for path in sorted(directory.glob("optimizer*.safetensors")):
+        with open_tensors(path) as file:
+            for name in file.keys():
+                kind, _, parameter = name.partition(".")
+                held.add(parameter)
+                if parameter in optimizer.masters:
+                    tensors[name] = file.get_tensor(name)
+    if held != set(trained):
+        raise ValueError(
+            f"{directory.parents[1]}/expert_cfg.json: selects other tensors than {directory} "
+            "holds; it was changed during the run"
+        )
+    return tensors
+
+
+def resume(output: Path, optimizer: MasterAdamW, trained: Iterable[str], parallel) -> dict:
     """Puts the newest whole checkpoint in place and returns its state; metrics.jsonl goes back to
-    that step, and what a killed process was writing goes."""
-    for part in (output / "checkpoints").glob(".step-*.part"):
-        shutil.rmtree(part)
+    that step, and what a killed process was writing goes. `trained`: see `read_optimizer`."""
     state = {"step": 0, "best_loss": None, "seconds": 0.0}
-    if newest := newest_checkpoint(output):
-        state = read_json(newest / "state.json")
-        with open_tensors(newest / "optimizer.safetensors") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if {f"master.{name}" for name in optimizer.masters} != {
-            name for name in tensors if name.startswith("master.")
-        }:
-            raise ValueError(
-                f"{output}/expert_cfg.json: selects other tensors than {newest} holds; it was "
-                "changed during the run"
-            )
+    if newest := newest_checkpoint(output, parallel):
+        state = parallel.first(read_json, newest / "state.json")
+        tensors = parallel.each(read_optimizer, newest, optimizer, trained)
         optimizer.restore(tensors, state["step"])
-    metrics = output / "metrics.jsonl"
-    if metrics.exists():  # steps after the checkpoint will come again; a last line may be cut short
-        kept = read_metrics(metrics, state["step"])
-        with replacing(metrics) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def clean() -> None:
+        for part in (output / "checkpoints").glob(".step-*.part"):
+            shutil.rmtree(part)
+        metrics = output / "metrics.jsonl"
+        if metrics.exists():  # later steps will come again; a last line may be cut short
+            kept = read_metrics(metrics, state["step"])
+            with replacing(metrics) as part:
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                part.write_text(text, encoding="utf-8")
+
+    parallel.first(clean)
     return state
+
+
+def add_record(path: Path, record: dict, sync: bool) -> None:
+    """Appends a line of JSON; `sync` flushes it to disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
 
 
 def read_metrics(path: Path, steps: int) -> list[dict]:
@@ -719,6 +791,10 @@ class Rows:
     def split(self, size: int) -> list["Rows"]:
         columns = self.tokens.split(size), self.labels.split(size), self.documents.split(size)
         return [Rows(*part) for part in zip(*columns)]
+
+    def unlearned(self) -> "Rows":
+        """The same rows, with nothing to learn from them."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE))
 
     @property
     def learned(self) -> Tensor:
@@ -765,6 +841,7 @@ class Inputs:
 
     base: Path
     base_config: ModelConfig
+    whole: Transformer  # all of the base, without data
     tokenizer: Tokenizer
     samples: list[Sample]
     rows: Rows
@@ -796,7 +873,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
             raise ValueError(f"{config.expert_config}: selects nothing to train")
     mine = identity(config, fingerprint(stored))
     check_output(config, mine)
-    return Inputs(base, meta.config, tokenizer, samples, rows, held_out, mine)
+    return Inputs(base, meta.config, meta, tokenizer, samples, rows, held_out, mine)
 
 
 def compiler_error(device: str) -> str:
@@ -827,19 +904,21 @@ def settle_compile(config: TrainConfig, model_config: ModelConfig, parameters: i
         print(f"layers are not compiled, as torch.compile does not work here: {reason}")
 
 
-def score_experts(config: TrainConfig, model: Transformer, inputs: Inputs, path: Path) -> Scores:
+def score_experts(
+    config: TrainConfig, model: Transformer, inputs: Inputs, path: Path, parallel
+) -> Scores:
     """Scores of the experts on the training data; those in `path`, if this run wrote them
     before."""
-    if not path.exists():
+    if not parallel.first(path.exists):
         sizes = config.n_sample_tokens, config.seq_length, config.seed
         drawn = scoring_batches(sample_tokens(inputs.samples, *sizes), inputs.tokenizer.eos_id)
-        write_json(path, collect_scores(model, drawn, config.average))
-    return read_scores(path)
+        parallel.first(write_json, path, collect_scores(model, drawn, config.average))
+    return parallel.first(read_scores, path)
 
 
 def choose_experts(config: TrainConfig, model_config: ModelConfig, scores: Scores) -> dict:
     """The run's expert_cfg: full's, that of the run that is continued, the given one, or a new
-    selection."""
+    selection, which is written."""
     path = Path(config.output_dir) / "expert_cfg.json"
     if path.exists():
         return read_expert_cfg(path, model_config)
@@ -871,22 +950,29 @@ def mark_trained(
 
 
 def run_eval_sets(
-    config: TrainConfig, model: Transformer, tokenizer: Tokenizer, output: Path, when: str
+    config: TrainConfig, model: Transformer, tokenizer: Tokenizer, output: Path, when: str, parallel
 ) -> dict:
     """Evaluates every set once, and keeps completions and means in output_dir/eval/."""
     means_path = output / "eval" / f"{when}.json"
-    if means_path.exists():
-        means = read_json(means_path)
-        if isinstance(means, dict) and means.keys() == {*config.eval_sets}:
-            return means
+
+    def read_means() -> dict | None:
+        means = read_json(means_path) if means_path.exists() else None
+        return means if isinstance(means, dict) and means.keys() == {*config.eval_sets} else None
+
+    def conclude(i: int, task: str, path: str, examples: list[dict]) -> dict:
+        result = score(task, examples)
+        write_records(output / "eval" / f"{when}.{i}.{Path(path).stem}.jsonl", result.records)
+        print(f"{when} training: {task} on {path}: {result.mean:.3f}", flush=True)
+        return {"mean": result.mean, "count": result.count, "unit": result.unit}
+
+    if means := parallel.first(read_means):
+        return means
     means = {}
     for i, entry in enumerate(config.eval_sets, 1):
         task, _, path = entry.partition(":")
-        result = evaluate(model, tokenizer, task, path, config.max_new_tokens)
-        write_records(output / "eval" / f"{when}.{i}.{Path(path).stem}.jsonl", result.records)
-        means[entry] = {"mean": result.mean, "count": result.count, "unit": result.unit}
-        print(f"{when} training: {task} on {path}: {result.mean:.3f}", flush=True)
-    write_json(means_path, means, indent=2)
+        examples = answer_file(model, tokenizer, task, path, config.max_new_tokens)
+        means[entry] = parallel.first(conclude, i, task, path, examples)
+    parallel.first(write_json, means_path, means, indent=2)
     return means
 
 
@@ -897,42 +983,61 @@ class Job(Inputs):
     output: Path
     model: Transformer
     expert_cfg: dict | None  # none with LoRA
-    parameters: dict[str, nn.Parameter]  # the trained ones
+    parameters: dict[str, nn.Parameter]  # the trained ones that this rank holds
+    trained: dict[str, nn.Parameter]  # all trained ones, without data
     base_parameters: int  # how many the base has
     alpha: float  # weight of the load balance loss
     before: dict  # what run_eval_sets gave
 
-    def save_adapter(self) -> None:
+    def save_adapter(self, parallel) -> None:
+        tensors, directory = parallel.gather(self.parameters), self.output / "adapter"
         if self.expert_cfg is None:
-            save_lora(self.model, self.output / "adapter")
+            parallel.first(save_lora, self.model, directory, tensors)
         else:
-            save_adapter(self.model, self.expert_cfg, self.output / "adapter")
+            parallel.first(save_adapter, self.model, self.expert_cfg, directory, tensors)
 
 
-def prepare(config: TrainConfig, inputs: Inputs) -> Job:
-    """Loads the base, evaluates and scores it, and chooses what is trained."""
+def begin_output(config: TrainConfig, identity: dict) -> None:
+    """Deletes what `overwrite` says, and writes whose output_dir is."""
     output = Path(config.output_dir)
-    dtype = getattr(torch, config.dtype)
-    model = load_model(inputs.base, config.device, dtype, experts=config.experts)
-    if config.overwrite:  # only now that the new run is known to start
+    if config.overwrite:
         # First what says how far a run came, last whose the rest is: killed half-way, what is left
         # is neither taken for a finished run nor continued from, and can be overwritten again.
         order = {"results.json": 0, "checkpoints": 1, "train_config.json": 3}
         for path in sorted(output.iterdir(), key=lambda path: order.get(path.name, 2)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    write_json(output / "train_config.json", inputs.identity, indent=2)
-    before = run_eval_sets(config, model, inputs.tokenizer, output, "before")
+    write_json(output / "train_config.json", identity, indent=2)
+
+
+def check_shared(output: Path, identity: dict) -> None:
+    """Raises OSError where the first rank's output_dir is not to be seen."""
+    path = output / "train_config.json"
+    if not path.exists() or read_json(path) != identity:
+        raise OSError(f"{output}: is not the first rank's; all ranks must see one output_dir")
+
+
+def prepare(config: TrainConfig, inputs: Inputs, parallel) -> Job:
+    """Loads the base, evaluates and scores it, and chooses what is trained."""
+    output = Path(config.output_dir)
+    sizes = config.device, getattr(torch, config.dtype)
+    options = {"experts": config.experts, "split": parallel.split}
+    model = parallel.each(load_model, inputs.base, *sizes, **options)
+    parallel.first(begin_output, config, inputs.identity)  # only now that the run can start
+    parallel.each(check_shared, output, inputs.identity)
+    before = run_eval_sets(config, model, inputs.tokenizer, output, "before", parallel)
     path = output / "expert_cfg.scores.json"
-    scores = score_experts(config, model, inputs, path)
-    lora = config.method == "lora"
-    expert_cfg = None if lora else choose_experts(config, inputs.base_config, scores)
+    scores = score_experts(config, model, inputs, path, parallel)
+    expert_cfg = None
+    if config.method != "lora":
+        expert_cfg = parallel.first(choose_experts, config, inputs.base_config, scores)
     return Job(
         **vars(inputs),
         output=output,
         model=model,
         expert_cfg=expert_cfg,
-        base_parameters=sum(p.numel() for p in model.parameters()),
+        base_parameters=sum(p.numel() for p in inputs.whole.parameters()),
         parameters=mark_trained(config, model, expert_cfg),
+        trained=mark_trained(config, inputs.whole, expert_cfg),
         alpha=balance_weight(config, inputs.base_config),
         before=before,
     )
@@ -954,6 +1059,13 @@ def validate(config: TrainConfig, job: Job) -> float:
     return total.item() / job.held_out.learned.item()
 
 
+def micro_batches(count: int, size: int, rank: int, world_size: int) -> list[range]:
+    """Which of a step's `count` rows are a rank's, every world_size-th, in micro-batches of up to
+    `size`: as many on each rank, so that some may be empty."""
+    mine, most = range(rank, count, world_size), math.ceil(count / world_size)
+    return [mine[first : first + size] for first in range(0, most, size)]
+
+
 def compute_gradients(
     config: TrainConfig,
     model: Transformer,
@@ -962,14 +1074,16 @@ def compute_gradients(
     optimizer: MasterAdamW,
     parallel,
 ) -> Tensor:
-    """Adds the gradients of this rank's rows of a step to the optimizer, micro-batch by
-    micro-batch, and returns each one's part of the loss (micro-batches,): the sum over all labels
-    that count divided by their number in the whole step, so that neither micro-batches nor ranks
-    weigh labels differently."""
-    learned = parallel.sum(rows.learned).clamp(min=1).item()
-    parts = rows.split(len(rows.tokens) // config.gradient_accumulation_steps)
-    loss = torch.zeros(len(parts), device=config.device)
-    for i, part in enumerate(parts):
+    """Adds the gradients of this rank's part of a step's rows to the optimizer, micro-batch by
+    micro-batch, and returns each row's part of the loss (rows,), 0 for the other ranks' rows: the
+    sum over its labels that count divided by their number in the whole step, so that neither
+    micro-batches nor ranks weigh labels differently."""
+    learned, count = rows.learned.clamp(min=1).item(), len(rows.tokens)
+    loss = torch.zeros(count, device=config.device)
+    size = count // config.gradient_accumulation_steps
+    for mine in micro_batches(count, size, parallel.rank, parallel.world_size):
+        # A rank without a row takes part with one that counts nothing: others wait for it.
+        part = rows.take(mine) if mine else rows.take([0]).unlearned()
         losses, balance = part.losses(
             config,
             model,
@@ -978,9 +1092,12 @@ def compute_gradients(
             compiled=bool(config.compile),
         )
         total = losses.sum() / learned
-        loss[i] = total.detach()
+        if mine:
+            of_rows = losses.detach().split((part.labels[:, 1:] != IGNORE).sum(1).tolist())
+            sums = torch.stack([row.sum() for row in of_rows]) / learned
+            loss[mine.start : mine.stop : mine.step] = sums
         if alpha > 0:
-            total = total + alpha * balance.sum() / config.batch_size
+            total = total + alpha * balance[: len(mine)].sum() / config.batch_size
         total.backward()
         optimizer.accumulate()
     return loss
@@ -989,10 +1106,10 @@ def compute_gradients(
 def not_finite(
     config: TrainConfig, job: Job, step: int, chosen: list[int], losses: Tensor, norm: float
 ) -> str:
-    """What to say of a step, from 0, whose losses (micro-batches,) or gradient norm are not finite:
-    its rows, or only those of the micro-batches with a bad loss, if there are such."""
+    """What to say of a step, from 0, whose losses (rows,) or gradient norm are not finite: its
+    rows, or only those with a bad loss, if there are such."""
     bad = ~losses.isfinite().cpu()
-    suspects = torch.tensor(chosen).view(len(losses), -1)[bad if bad.any() else ~bad].flatten()
+    suspects = torch.tensor(chosen)[bad if bad.any() else ~bad]
     named = []
     for row in suspects.tolist():
         first, last = job.rows.documents[row, [0, -1]].tolist()
@@ -1056,42 +1173,46 @@ def train(config: TrainConfig, parallel=SingleProcess()) -> dict:
     that is not finite, OSError where a file cannot be written: each says which checkpoint is
     kept."""
     be_deterministic(config.deterministic)
-    inputs = read_inputs(config)
+    inputs = parallel.each(read_inputs, config)
+    whose = {"output_dir": config.output_dir, "overwrite": config.overwrite}
+    parallel.check_same({**inputs.identity, **whose})
     output = Path(config.output_dir)
-    if (output / "results.json").exists() and not config.overwrite:
-        results = read_json(output / "results.json")
+    if parallel.first((output / "results.json").exists) and not config.overwrite:
+        results = parallel.first(read_json, output / "results.json")
         if not isinstance(results, dict) or "after" not in results:
             raise ValueError(f"{output}/results.json: is no run's; without it the run ends again")
         print(f"{output} holds the finished run; --overwrite true starts anew")
         return results
-    with locked(output), saying_what_is_kept(config):
+    with ExitStack() as held:
+        parallel.first(lambda: held.enter_context(locked(output)))
+        held.enter_context(saying_what_is_kept(config))
         return run(config, inputs, parallel)
 
 
 def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
     """`train`, of what is read and checked, in an output_dir that no other process writes to."""
     started = time.perf_counter()
-    job = prepare(config, inputs)
+    job = prepare(config, inputs, parallel)
     optimizer = MasterAdamW(job.parameters, config)
-    state = resume(job.output, optimizer)
+    state = resume(job.output, optimizer, job.trained, parallel)
     print_start(config, job, state)
     if config.compile and state["step"] < config.steps:
         print("the first step compiles the layers, for 10 to 60 seconds", flush=True)
     started -= state["seconds"]  # of the processes before, up to the checkpoint
 
     clock = Clock(config, state["step"])
-    with Interruption() as stop, open(job.output / "metrics.jsonl", "a") as metrics:
+    with Interruption() as stop:
         for step in range(state["step"], config.steps):
             chosen = rows_of_step(len(job.rows.tokens), config.batch_size, config.seed, step)
-            chosen = chosen[parallel.rank :: parallel.world_size]
             rows = job.rows.take(chosen)
             learning_rate = learning_rate_at(config, step)
             losses = compute_gradients(config, job.model, rows, job.alpha, optimizer, parallel)
-            parallel.reduce_gradients(optimizer.gradients)
-            norm = parallel.grad_norm(optimizer.gradients)
-            loss, norm_value = parallel.sum(losses.sum()).item(), norm.item()
+            losses, gradients = parallel.sum(losses), optimizer.gradients
+            parallel.reduce_gradients(gradients)
+            norm = parallel.grad_norm(gradients)
+            loss, norm_value = losses.sum().item(), norm.item()
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
-                save_checkpoint(job.output, optimizer, state)
+                save_checkpoint(job.output, optimizer, state, parallel)
                 raise FloatingPointError(not_finite(config, job, step, chosen, losses, norm_value))
             if norm_value > config.max_grad_norm:
                 masters = optimizer.masters.values()
@@ -1115,41 +1236,43 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
                     )
                 if state["best_loss"] is None or record["validation_loss"] < state["best_loss"]:
                     state["best_loss"] = record["validation_loss"]
-                    job.save_adapter()
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-            stopping = stop.received  # asked once: a later signal is the next step's
-            if state["step"] % config.save_steps == 0 or last or stopping:
-                os.fsync(metrics.fileno())
+                    job.save_adapter(parallel)
+            stopping = any(parallel.all(stop.received))  # a later signal is the next step's
+            saving = state["step"] % config.save_steps == 0 or last or stopping
+            parallel.first(add_record, job.output / "metrics.jsonl", record, saving)
+            if saving:
                 state["seconds"] = round(time.perf_counter() - started, 1)
-                save_checkpoint(job.output, optimizer, state)
+                save_checkpoint(job.output, optimizer, state, parallel)
             print_step(config, record)
             if stopping:
                 break
             clock.start_step()
-    if stop.received:
-        raise KeyboardInterrupt(f"{stop.received} after step {state['step']}")
+    if received := next(filter(None, parallel.all(stop.received)), None):
+        raise KeyboardInterrupt(f"{received} after step {state['step']}")
 
     if job.held_out is None:
-        if not all(p.isfinite().all() for p in job.parameters.values()):
+        finite = all(p.isfinite().all() for p in job.parameters.values())
+        if not all(parallel.all(finite)):
             raise FloatingPointError(f"step {state['step']}: trained weights are not finite")
-        job.save_adapter()
-    load_adapter(job.model, job.output / "adapter")  # the best state
-    score_experts(config, job.model, job, job.output / "scores_after.json")
+        job.save_adapter(parallel)
+    parallel.each(load_adapter, job.model, job.output / "adapter")  # the best state
+    score_experts(config, job.model, job, job.output / "scores_after.json", parallel)
+    after = run_eval_sets(config, job.model, job.tokenizer, job.output, "after", parallel)
+    adapter = job.output.glob("adapter/*.safetensors")
     results = {
         "method": config.method,
         "steps": config.steps,
         "learning_rate": config.learning_rate,
         "seed": config.seed,
-        "trained_parameters": sum(p.numel() for p in job.parameters.values()),
+        "trained_parameters": sum(p.numel() for p in job.trained.values()),
         "all_parameters": job.base_parameters,
-        "adapter_bytes": sum(f.stat().st_size for f in job.output.glob("adapter/*.safetensors")),
+        "adapter_bytes": sum(file.stat().st_size for file in adapter),
         "best_validation_loss": state["best_loss"],
         "before": job.before,
-        "after": run_eval_sets(config, job.model, job.tokenizer, job.output, "after"),
+        "after": after,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_json(job.output / "results.json", results, indent=2)
+    parallel.first(write_json, job.output / "results.json", results, indent=2)
     return results
 
 
@@ -1253,16 +1376,18 @@ class Allocations(TorchDispatchMode):
         self.live -= size
 
 
-def step_bytes(config: TrainConfig, model: Transformer, trained: dict[str, nn.Parameter]) -> int:
+def step_bytes(
+    config: TrainConfig, model: Transformer, trained: dict[str, nn.Parameter], parallel
+) -> int:
     """The most bytes that one step allocates beside weights, masters and moments: activations,
     gradients, temporaries. `compute_gradients` itself runs, on tensors without data; two
     micro-batches, where there are more, since the second meets the gradients of the first."""
-    micro_batch = config.batch_size // config.gradient_accumulation_steps
-    micro_batches = min(config.gradient_accumulation_steps, 2)
-    tokens = torch.zeros(micro_batch * micro_batches, config.seq_length, dtype=torch.int64)
+    size = config.batch_size // config.gradient_accumulation_steps
+    count = min(config.batch_size, 2 * size * parallel.world_size)
+    tokens = torch.zeros(count, config.seq_length, dtype=torch.int64)
     rows = Rows(tokens, tokens, tokens)
     rehearsal = replace(
-        config, device="meta", gradient_accumulation_steps=micro_batches, compile=False
+        config, device="meta", gradient_accumulation_steps=count // size, compile=False
     )
     known = [*model.parameters(), *model.buffers()]
     known += [stack for m in model.modules() if isinstance(m, MoE) for stack in (m.gate_up, m.down)]
@@ -1275,7 +1400,7 @@ def step_bytes(config: TrainConfig, model: Transformer, trained: dict[str, nn.Pa
         mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
         Allocations([*known, *optimizer.masters.values()]) as allocations,
     ):
-        compute_gradients(rehearsal, model, rows, alpha, optimizer, SingleProcess())
+        compute_gradients(rehearsal, model, rows, alpha, optimizer, parallel)
     return allocations.peak
 
 
@@ -1312,84 +1437,53 @@ def selection_of_this_run(config: TrainConfig) -> Path | None:
 
 
 def plan_rank(
-    config: TrainConfig, model: Transformer, trained: dict[str, nn.Parameter], ranks: int
+    config: TrainConfig, model_config: ModelConfig, expert_cfg: dict | None, parallel
 ) -> dict:
-    """What one of `ranks` ranks holds and needs, in parameters and bytes: the one with the most
-    trained parameters. Each layer's experts are split over the ranks, in order; everything else is
-    on every rank. A step's rows are split, too, and then into fewer micro-batches."""
-    c = model.config
-    rank_config = config_of_rank(config, ranks, c.n_routed_experts)
-
-    def held_by(rank: int, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        owner = c.n_routed_experts // ranks
-        return {
-            name: p
-            for name, p in parameters.items()
-            if not (e := re.search(r"\.mlp\.experts\.(\d+)\.", name)) or int(e[1]) // owner == rank
-        }
-
-    shares = [held_by(rank, trained) for rank in range(ranks)]
-    mine = max(shares, key=lambda share: sum(p.numel() for p in share.values()))
-    weights = held_by(shares.index(mine), dict(model.named_parameters()))
-    for name, p in trained.items():
-        p.requires_grad_(name in mine)
-    for moe in (module for module in model.modules() if isinstance(module, MoE)):
-        moe.put_first([e for e, m in enumerate(moe.experts) if m.up_proj.weight.requires_grad])
+    """What a rank holds and needs, in parameters and bytes."""
+    model = build_model(model_config, "meta", getattr(torch, config.dtype), config.experts)
+    parallel.split(model)
+    trained = mark_trained(config, model, expert_cfg)
     size = getattr(torch, config.dtype).itemsize
-    count = sum(p.numel() for p in mine.values())
-    micro_batch = rank_config.batch_size // rank_config.gradient_accumulation_steps
-    slots = micro_batch * config.seq_length * c.num_experts_per_tok
+    count = sum(p.numel() for p in trained.values())
+    micro_batch = config.batch_size // config.gradient_accumulation_steps
+    batches = micro_batches(config.batch_size, micro_batch, 0, parallel.world_size)
     need = {
-        "micro-batches": f"{rank_config.gradient_accumulation_steps} of {micro_batch} rows",
-        "held": sum(p.numel() for p in weights.values()),
+        "micro-batches": f"{len(batches)} of {len(batches[0])} rows",
+        "held": sum(p.numel() for p in model.parameters()),
         "trained": count,
-        "weights": sum(p.nbytes for p in [*weights.values(), *model.buffers()]),
+        "weights": sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
         "masters": 4 * count if size < 4 else 0,  # a float32 weight is its own master
         "moments": 8 * count,
         "gradients": 4 * count,
-        # Tokens go to other ranks and come back, one buffer each to send and to receive.
-        "exchange": 4 * slots * c.hidden_size * size if ranks > 1 else 0,
     }
     for checkpointing in (True, False):
-        step = step_bytes(replace(rank_config, gradient_checkpointing=checkpointing), model, mine)
+        rehearsed = replace(config, gradient_checkpointing=checkpointing)
+        step = step_bytes(rehearsed, model, trained, parallel)
         need["activations", checkpointing] = max(step - need["gradients"], 0)
-        need["peak", checkpointing] = step + sum(
-            need[name] for name in ("weights", "masters", "moments", "exchange")
-        )
+        held = sum(need[name] for name in ("weights", "masters", "moments"))
+        need["peak", checkpointing] = step + held
     return need
 
 
-def config_of_rank(config: TrainConfig, ranks: int, n_experts: int) -> TrainConfig:
-    """A rank's part of a step. Raises ValueError if experts or rows cannot be split so."""
-    if ranks < 1 or n_experts % ranks:
-        raise ValueError(f"plan for {ranks} ranks; must divide n_routed_experts ({n_experts})")
-    micro_batches = max(config.gradient_accumulation_steps // ranks, 1)
-    if config.batch_size % (micro_batches * ranks):
-        raise ValueError(
-            f"batch_size is {config.batch_size}; must be a multiple of {micro_batches * ranks} for "
-            f"{ranks} ranks with {micro_batches} micro-batches each"
-        )
-    rows = config.batch_size // ranks
-    return replace(config, batch_size=rows, gradient_accumulation_steps=micro_batches)
-
-
-def plan(config: TrainConfig, ranks: list[int]) -> str:
-    """A table of what the run needs for each number of ranks, from the checkpoint's config.json
-    alone."""
+def plan(
+    config: TrainConfig,
+    ranks: Callable[[ModelConfig, dict | None], list] = lambda *_: [SingleProcess()],
+) -> str:
+    """A table of what the run needs, from the checkpoint's config.json alone: a column for each of
+    the parallel objects that `ranks` makes for the base's config and an expert_cfg."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise ValueError(f"device is {config.device!r}; must be cpu or cuda")
     path = local_directory(config.model, files=["config.json"]) / "config.json"
     model_config = ModelConfig.from_json(path)
-    for count in ranks:
-        config_of_rank(config, count, model_config.n_routed_experts)  # refused before the work
-    model = build_model(model_config, "meta", getattr(torch, config.dtype), config.experts)
-    total = sum(p.numel() for p in model.parameters())
     expert_cfg, what = planned_experts(config, model_config)
-    trained = mark_trained(config, model, expert_cfg)
+    columns = ranks(model_config, expert_cfg)  # refused before the work
+    whole = build_model(model_config, "meta")
+    total = sum(p.numel() for p in whole.parameters())
+    trained = mark_trained(config, whole, expert_cfg)
     if not trained:
         raise ValueError(f"{config.expert_config}: selects nothing to train")
-    progress = tqdm(ranks, desc="plan", unit="ranks", leave=False, disable=None)
-    needs = [plan_rank(config, model, trained, n) for n in progress]
+    progress = tqdm(columns, desc="plan", unit="column", leave=False, disable=None)
+    needs = [plan_rank(config, model_config, expert_cfg, each) for each in progress]
     lines = [
         f"{config.model}, {total:,} parameters, {config.dtype}; {config.method}: {what}",
         f"steps of {config.batch_size} rows of {config.seq_length} tokens; device {config.device}",
@@ -1402,8 +1496,8 @@ def plan(config: TrainConfig, ranks: list[int]) -> str:
     def gib(name) -> list[str]:
         return [size_text(need[name]) for need in needs]
 
-    add("ranks that share the experts", [str(n) for n in ranks])
-    add("on one of them: micro-batches of a step", [need["micro-batches"] for need in needs])
+    add("ranks", [str(each.world_size) for each in columns])
+    add("micro-batches of a step", [need["micro-batches"] for need in needs])
     add("parameters held", [f"{need['held']:,}" for need in needs])
     add("  trained", [f"{need['trained']:,}" for need in needs])
     add("  frozen", [f"{need['held'] - need['trained']:,}" for need in needs])
@@ -1411,8 +1505,6 @@ def plan(config: TrainConfig, ranks: list[int]) -> str:
     add("master weights, float32", gib("masters"))
     add("AdamW's moments, float32", gib("moments"))
     add("gradients, float32", gib("gradients"))
-    if max(ranks) > 1:
-        add("exchange of tokens between ranks", gib("exchange"))
     for checkpointing, said in ((True, "with"), (False, "without")):
         used = " *" if checkpointing == config.gradient_checkpointing else ""
         add(f"{said} gradient checkpointing:{used}", [])
@@ -1465,12 +1557,12 @@ KINDS = {  # part of a parameter's name -> what it belongs to; the first that fi
 
 def print_start(config: TrainConfig, job: Job, state: dict) -> None:
     counts: dict[str, list[int]] = {}
-    for name, p in job.model.named_parameters():
+    for name, p in job.whole.named_parameters():
         kind = next(kind for part, kind in KINDS.items() if part in name)
         count = counts.setdefault(kind, [0, 0])
         count[0] += p.numel()
-        count[1] += p.numel() if name in job.parameters else 0
-    trained = sum(p.numel() for p in job.parameters.values())
+        count[1] += p.numel() if name in job.trained else 0
+    trained = sum(p.numel() for p in job.trained.values())
     what = f"LoRA of rank {config.lora_rank}"
     if job.expert_cfg is not None:
         chosen = sum(map(len, job.expert_cfg["experts"].values()))
@@ -1648,26 +1740,41 @@ def print_results(config: TrainConfig, results: dict, reports: list[str]) -> Non
     )
 
 
+ENDINGS = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt)
+
+
+def ending(error: BaseException) -> tuple[str, int]:
+    """Of one of ENDINGS: what a command says of it, and its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"\nstopped: {error}" if str(error) else "\nstopped", 130
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"error: {error}\n--plan shows what the run needs; gradient_checkpointing and more "
+            "gradient_accumulation_steps make it less"
+        ), 1
+    return f"error: {error}", 1
+
+
 def main() -> None:
-    ranks = command_line().parse_args().plan
+    parser = command_line()
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="train nothing and load nothing: print the memory that the run needs",
+    )
+    arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
-        config = parse_config()
-        if ranks is not None:
-            print(plan(config, ranks or [1]))
+        config = config_of(arguments)
+        if arguments.plan:
+            print(plan(config))
             return
         results = train(config)
         print_results(config, results, report(config))
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"error: {error}\n--plan shows what the run needs; gradient_checkpointing and more "
-            "gradient_accumulation_steps make it less"
-        ) from None
-    except KeyboardInterrupt as error:
-        print(f"\nstopped: {error}" if str(error) else "\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    except ENDINGS as error:
+        message, status = ending(error)
+        print(message, file=sys.stderr)
+        raise SystemExit(status) from None
 
 
 if __name__ == "__main__":

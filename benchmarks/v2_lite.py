@@ -226,9 +226,8 @@ class Measured:
 
 def planned(config: TrainConfig, model_config: ModelConfig) -> float:
     """GiB that --plan gives for a setting."""
-    meta = build_model(model_config, "meta")
     cfg = published_numbers(model_config) if config.method == "esft" else None
-    need = plan_rank(config, meta, mark_trained(config, meta, cfg), 1)
+    need = plan_rank(config, model_config, cfg, SingleProcess())
     return need["peak", config.gradient_checkpointing] / 2**30
 
 

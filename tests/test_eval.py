@@ -205,7 +205,9 @@ def test_prompts_begin_with_the_begin_of_sequence(checkpoint, eval_file, monkeyp
 
     monkeypatch.setattr(evaluation, "generate_batches", echo)
     tokenizer = load_tokenizer(checkpoint)
-    result = evaluation.evaluate(load_model(checkpoint), tokenizer, "exact", eval_file)
+    model = load_model(checkpoint)
+    examples = evaluation.answer_file(model, tokenizer, "exact", eval_file)
+    result = evaluation.score("exact", examples)
     assert [prompt[0] for prompt in seen] == [tokenizer.bos_id] * 3
     assert [tokenizer.decode(p) for p in seen] == [r["example"]["prompt"] for r in result.records]
 
@@ -246,9 +248,8 @@ def test_loss_task_equals_transformers(tmp_path, chat_file):
         learned = sum(label >= 0 for label in labels[1:])
         total += oracle(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * learned
         count += learned
-    result = evaluation.evaluate(
-        load_model(tmp_path, dtype=torch.float32), tokenizer, "loss", chat_file
-    )
+    model = load_model(tmp_path, dtype=torch.float32)
+    result = evaluation.score("loss", evaluation.answer_file(model, tokenizer, "loss", chat_file))
     assert result.count == count and result.mean == pytest.approx(total / count, rel=1e-5)
     assert (
         result.records[0]["example"]["raw_answers"][0].strip()

@@ -321,7 +321,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(run, tmp_path, monkeypat
     monkeypatch.undo()
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert left == ["step-000002", "step-000003"]
-    assert all(training.damage(path) is None for path in checkpoints(tmp_path / "run"))
+    assert all(
+        training.damage(path, training.SingleProcess()) is None
+        for path in checkpoints(tmp_path / "run")
+    )
     assert result(run("run")) == whole
 
 

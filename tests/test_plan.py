@@ -13,6 +13,7 @@ from test_train import metrics, settings
 import train as training
 from model import MoE, build_model, load_model
 from train import Allocations, MasterAdamW, Rows, SingleProcess, TrainConfig, plan, train
+from train_ep import Rehearsal, plan_ranks
 
 
 @pytest.mark.parametrize("experts", ["grouped", "loop"])
@@ -38,7 +39,7 @@ def test_planned_bytes_are_those_of_a_real_step(checkpoint, experts, checkpointi
     ):
         trained = training.mark_trained(config, model, cfg)
         if not peaks:
-            peaks.append(training.step_bytes(config, model, trained))
+            peaks.append(training.step_bytes(config, model, trained, SingleProcess()))
             continue
         optimizer = MasterAdamW(trained, config)
         tokens = torch.randint(0, 258, (config.batch_size, 256))
@@ -68,7 +69,8 @@ def test_planned_bytes_of_the_demo_are_those_of_its_step(checkpointing):
     cfg = {"experts": {"1": [0, 4, 22, 37], "2": [7, 5], "3": [53], "4": [7, 24, 39, 21]}}
     base = load_model(ROOT / "demo/base", dtype=torch.float32)
     meta = build_model(base.config, "meta", torch.float32)
-    planned = training.step_bytes(config, meta, training.mark_trained(config, meta, cfg))
+    marked = training.mark_trained(config, meta, cfg)
+    planned = training.step_bytes(config, meta, marked, SingleProcess())
     optimizer = MasterAdamW(training.mark_trained(config, base, cfg), config)
     tokens = torch.randint(0, 1024, (config.batch_size, 256))
     rows = Rows(tokens, tokens, torch.zeros_like(tokens))
@@ -91,10 +93,9 @@ def test_a_plan_over_ranks_does_not_depend_on_the_order_of_the_experts():
     sizes = dict(num_hidden_layers=4, hidden_size=64, moe_intermediate_size=512, vocab_size=64)
     needs = []
     for experts in ([0, 1, 6, 7], [6, 7, 0, 1]):
-        model = build_model(small_config(**sizes), "meta")
-        cfg = {"experts": {str(layer): experts for layer in model.config.moe_layers}}
-        trained = training.mark_trained(config, model, cfg)
-        needs.append(training.plan_rank(config, model, trained, 4))
+        base = small_config(**sizes)
+        cfg = {"experts": {str(layer): experts for layer in base.moe_layers}}
+        needs.append(training.plan_rank(config, base, cfg, Rehearsal(4, 4, 8, cfg)))
     assert needs[0] == needs[1]
 
 
@@ -119,42 +120,39 @@ def test_plan_by_hand(tmp_path):
     meta = build_model(training.ModelConfig.from_json(tmp_path / "base/config.json"), "meta")
     total = sum(p.numel() for p in meta.parameters())
     expert = 3 * 32 * 8
-    trained = training.mark_trained(config, meta, json.loads((tmp_path / "cfg.json").read_text()))
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
     for ranks, mine, experts, micro_batches in (
         (1, 4, 16, "4 of 2 rows"),
         (4, 2, 4, "1 of 2 rows"),
     ):
-        need = training.plan_rank(config, meta, trained, ranks)
+        need = training.plan_rank(config, meta.config, cfg, Rehearsal(ranks, ranks, 8, cfg))
         assert need["trained"] == mine * expert  # of four ranks the first: experts 0 and 1
         assert need["held"] == total - (16 - experts) * expert
         assert need["weights"] == 2 * need["held"]
         assert need["masters"] == need["gradients"] == 4 * need["trained"]
         assert need["moments"] == 8 * need["trained"]
         assert need["micro-batches"] == micro_batches
-        fixed = need["weights"] + need["masters"] + need["moments"] + need["exchange"]
+        fixed = need["weights"] + need["masters"] + need["moments"]
         for checkpointing in (True, False):
             activations = need["activations", checkpointing]
             assert need["peak", checkpointing] == fixed + need["gradients"] + activations
             # At least the largest that must be: float32 gradients, and a row's logits twice.
             assert activations > 2 * 16 * fields["vocab_size"] * 4
         assert 0 < need["activations", True] < need["activations", False]
-    text = plan(config, [1, 4])
-    assert f"{total:,} parameters" in text and "GPU of 24 GB" in text
-    with pytest.raises(ValueError, match=r"plan for 3 ranks; must divide n_routed_experts \(8\)"):
-        plan(config, [3])
-    config.batch_size = 9
-    with pytest.raises(ValueError, match="batch_size is 9; must be a multiple of 4 for 4 ranks"):
-        plan(config, [4])
+    for text in (plan(config), plan_ranks(config, [1, 4], None)):
+        assert f"{total:,} parameters" in text and "GPU of 24 GB" in text
+    for ranks, ep_size in ((3, None), (4, 3), (8, 16)):
+        with pytest.raises(ValueError, match=f"ep_size is {ep_size or ranks}; must divide {ranks}"):
+            plan_ranks(config, [ranks], ep_size)
     (tmp_path / "cfg.json").write_text(json.dumps({"experts": {"1": []}}))
-    config.batch_size = 8
     with pytest.raises(ValueError, match="cfg.json: selects nothing to train"):
-        plan(config, [1])
+        plan(config)
     config.device = "gpu"
     with pytest.raises(ValueError, match="device is 'gpu'; must be cpu or cuda"):
-        plan(config, [1])
+        plan(config)
     config.device, config.expert_config = "cuda", "nowhere.json"
     with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
-        plan(config, [1])
+        plan(config)
 
 
 def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
@@ -176,10 +174,10 @@ def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
 def test_a_plan_takes_the_selection_of_its_own_run_alone(checkpoint, chat_file, tmp_path):
     config = settings(checkpoint, chat_file, tmp_path / "run", steps=1)
     train(config)
-    assert "the experts of" in plan(config, [1])
+    assert "the experts of" in plan(config)
     for changes in ({"top_p": 0.9}, {"selection": "random"}, {"overwrite": True}):
         other = settings(checkpoint, chat_file, tmp_path / "run", steps=1, **changes)
-        assert "assumed: they are not selected yet" in plan(other, [1])
+        assert "assumed: they are not selected yet" in plan(other)
 
 
 def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monkeypatch):

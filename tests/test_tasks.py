@@ -14,8 +14,8 @@ from data import Tokenizer, load_tokenizer, read_rows
 from eval import (
     TASKS,
     Ask,
+    answer_file,
     choice_likelihoods,
-    evaluate,
     final_number,
     join_choice,
     judge_prompt,
@@ -113,7 +113,8 @@ def test_choices_score_as_transformers_has_them(base, batch_size, tmp_path):
     rows = [{"prompt": p, "choices": c, "answer": right} for p, c, _, right in CHOICES]
     data = write_rows(tmp_path / "choices.jsonl", rows)
     model = load_model(path, dtype=torch.float32)
-    result = evaluate(model, load_tokenizer(path), "choice", data, batch_size=batch_size)
+    tokenizer = load_tokenizer(path)
+    result = score("choice", answer_file(model, tokenizer, "choice", data, batch_size=batch_size))
     for record, logs, (_, choices, _, _) in zip(result.records, expected, CHOICES):
         example = record["example"]
         assert example["loglikelihoods"] == pytest.approx(logs, rel=1e-4)
@@ -176,7 +177,7 @@ def test_without_a_judge_loss_and_accuracy_of_references_are_transformers(
     assert 3 <= hits < count
     model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path, chat_format)
     data = write_rows(tmp_path / "summary.jsonl", rows)
-    result = evaluate(model, tokenizer, "summary", data, max_new_tokens=1)
+    result = score("summary", answer_file(model, tokenizer, "summary", data, max_new_tokens=1))
     assert result.metrics == {
         "reference loss": pytest.approx(loss / count, rel=1e-4),
         "reference accuracy": pytest.approx(hits / count),
