@@ -774,7 +774,7 @@ def experts_grouped(
     if trained is None and not torch.compiler.is_compiling():
         trained = trained_stacks(moe)
     stacks = moe.gate_up, moe.down, *(trained or (None, None, None))
-    return GroupedExperts.apply(x, weights, order, inverse, ends, *stacks)
+    return GroupedExperts.apply(x, weights, order, inverse, ends, moe.swiglus, *stacks)
 
 
 def experts_for_few(moe: "MoE", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -823,6 +823,29 @@ def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
     return F.embedding_bag(inverse.view(-1, K), out, mode="sum")
 
 
+def swiglu(h: Tensor, weight: Tensor) -> Tensor:
+    """Gate and up product h (S, 2I), routing weights (S, 1) -> the experts' activation times its
+    weight (S, I), by way of float32."""
+    gate, up = h.float().chunk(2, -1)
+    return (F.silu(gate) * up * weight).to(h.dtype)
+
+
+def swiglu_backward(h: Tensor, weight: Tensor, dact: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of h (S, 2I) and of the routing weights (S,), of that of `swiglu` (S, I)."""
+    gate, up = h.float().chunk(2, -1)
+    dact, sigmoid = dact.float(), gate.sigmoid()
+    silu = gate * sigmoid
+    dgate = dact * weight * up * (sigmoid + silu * (1 - sigmoid))
+    dh = torch.cat([dgate, dact * weight * silu], -1).to(h.dtype)
+    return dh, (dact * silu * up).sum(-1)
+
+
+@cache
+def compiled_swiglu() -> tuple[Callable, Callable]:
+    """Both in one kernel or two each, for any number of slots."""
+    return tuple(torch.compile(piece, dynamic=True) for piece in (swiglu, swiglu_backward))
+
+
 class GroupedExperts(torch.autograd.Function):
     """Routed experts with a hand-written backward. Saved: the layer's input (not its K copies), the
     gate and up product, the order. The routing weight is multiplied in before the down projection:
@@ -831,16 +854,14 @@ class GroupedExperts(torch.autograd.Function):
     Weight gradients are one grouped product over the slots of the experts that stand first."""
 
     @staticmethod
-    def forward(
-        ctx, x, weights, order, inverse, ends, gate_up, down, trained_gate_up, trained_down, last
-    ):
+    def forward(ctx, x, weights, order, inverse, ends, swiglus, gate_up, down, *trained):
         N, K = weights.shape
         h = grouped_mm(x.index_select(0, order // K), gate_up.mT, ends)  # (S, 2I)
-        gate, up = h.float().chunk(2, -1)
-        act = F.silu(gate) * up * weights.flatten()[order, None]  # (S, I)
-        out = grouped_mm(act.to(x.dtype), down.mT, ends)  # (S, D)
+        act = swiglus[0](h, weights.flatten()[order, None])  # (S, I)
+        out = grouped_mm(act, down.mT, ends)  # (S, D)
+        _, trained_down, last = trained
         ctx.save_for_backward(x, weights, order, inverse, ends, h, gate_up, down, last)
-        ctx.length = 0 if last is None else len(trained_down)
+        ctx.length, ctx.swiglus = 0 if last is None else len(trained_down), swiglus
         return sum_slots(out, inverse, K)
 
     @staticmethod
@@ -848,16 +869,9 @@ class GroupedExperts(torch.autograd.Function):
         x, weights, order, inverse, ends, h, gate_up, down, last = ctx.saved_tensors
         (N, K), token = weights.shape, order // weights.shape[1]
         weight = weights.flatten()[order, None]  # (S, 1)
-        gate, up = h.float().chunk(2, -1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
         dy = dy.index_select(0, token)  # (S, D)
-        # The gradient of the activation times its routing weight.
-        dact = grouped_mm(dy, down, ends).float()  # (S, I)
-        dweights = (dact * silu * up).sum(-1)[inverse].view(N, K)
-        dup = dact * weight * silu
-        dgate = dact * weight * up * (sigmoid + silu * (1 - sigmoid))
-        dh = torch.cat([dgate, dup], -1).to(x.dtype)
+        dh, dweights = ctx.swiglus[1](h, weight, grouped_mm(dy, down, ends))
+        dweights = dweights[inverse].view(N, K)
         dx = dgate_up = ddown = None
         if ctx.needs_input_grad[0]:
             dx = sum_slots(grouped_mm(dh, gate_up, ends), inverse, K)
@@ -867,10 +881,10 @@ class GroupedExperts(torch.autograd.Function):
                 rows = slice(sum(tokens_per_expert(ends, len(order))[: ctx.length]))
             # Behind the last that is trained: no slots, so zeros.
             ends = torch.minimum(ends[: ctx.length], ends[last])
-            act = (silu[rows] * up[rows] * weight[rows]).to(x.dtype)
+            act = ctx.swiglus[0](h[rows], weight[rows])
             dgate_up = grouped_outer(dh[rows], x.index_select(0, token[rows]), ends)
             ddown = grouped_outer(dy[rows], act, ends)
-        return dx, dweights, None, None, None, None, None, dgate_up, ddown, None
+        return dx, dweights, None, None, None, None, None, None, dgate_up, ddown, None
 
 
 def experts_with_lora(
@@ -966,6 +980,7 @@ class MoE(nn.Module):
         self.gate_up, self.down = torch.empty(E, 2 * I, D), torch.empty(E, D, I)
         self.run_experts = experts_grouped
         self.has_lora = False  # of any expert
+        self.swiglus = swiglu, swiglu_backward
         self.order = list(range(E))
         self._view_stacks()
 

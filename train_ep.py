@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import ModelConfig, MoE, Transformer, sort_by_expert, sum_slots
+from model import ModelConfig, MoE, Transformer, compiled_swiglu, sort_by_expert, sum_slots
 from train import (
     ENDINGS,
     SingleProcess,
@@ -138,13 +138,17 @@ class Exchange:
     them. With gradients each rank has its own tokens. Without (scoring, validation, evaluation),
     all have the same: each does its share of the work, and all get the same bits."""
 
-    def __init__(self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None):
+    def __init__(
+        self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None, compiled: bool
+    ):
         self.moe, self.rank, self.size, self.group = moe, rank, size, group
         self.anchor = torch.zeros((), requires_grad=True)
         count = len(moe.experts) // size
         self.held = range(rank * count, (rank + 1) * count)
         moe.keep_experts(self.held)
         moe.all_experts = self
+        if compiled:  # what lies between exchanges is not
+            moe.swiglus = compiled_swiglu()
 
     @torch.compiler.disable
     def __call__(self, x: Tensor, weights: Tensor, indices: Tensor, trained: None = None) -> Tensor:
@@ -155,9 +159,9 @@ class Exchange:
         mine = slice(self.rank * share, (self.rank + 1) * share)
         y = self.run(x[mine], weights[mine], indices[mine])
         padded = nn.functional.pad(y, (0, 0, 0, share - len(y)))
-        gathered = x.new_empty(self.size * share, x.shape[1])
-        dist.all_gather_into_tensor(gathered, padded, group=self.group)
-        return gathered[: len(x)]
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded, group=self.group)
+        return torch.cat(gathered)[: len(x)]
 
     def route(self, indices: Tensor) -> tuple[Route, Tensor]:
         """The way of the slots of indices (N, K), and to which expert each goes that arrives here
@@ -185,7 +189,9 @@ class Exchange:
         return Return.apply(y, self.anchor, route.order, route.inverse, route) + shared
 
 
-def split_experts(model: Transformer, rank: int, size: int, group=None) -> None:
+def split_experts(
+    model: Transformer, rank: int, size: int, group=None, compiled: bool = False
+) -> None:
     """Leaves member `rank` of `size` its part of the experts of each layer, and lets it work with
     the others. Raises ValueError if there are no equal parts."""
     E = model.config.n_routed_experts
@@ -194,7 +200,7 @@ def split_experts(model: Transformer, rank: int, size: int, group=None) -> None:
     if size > 1:
         for block in model.model.layers:
             if isinstance(block.mlp, MoE):
-                Exchange(block.mlp, rank, size, group)
+                Exchange(block.mlp, rank, size, group, compiled)
 
 
 # ------------------------------------------------------------------------------------------
@@ -211,6 +217,8 @@ BUCKET = 2**24  # elements that are summed over ranks at a time
 def sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     """Sums tensors in place over the ranks of a group, many small ones at once."""
     bucket: list[Tensor] = []
+    if group.size() == 1:
+        return
 
     def flush() -> None:
         flat = torch.cat([tensor.flatten() for tensor in bucket])
@@ -262,10 +270,11 @@ class ExpertParallel:
         balanced = balance_weight(self.config, model.config) > 0
         if balanced and not model.config.seq_aux and self.world_size > 1:
             raise ValueError(
-                "seq_aux is false in config.json: the balance loss is of a whole micro-batch, but a "
-                "rank sees its own rows alone; --aux_loss_alpha 0 trains without it"
+                "seq_aux is false in config.json: the balance loss is of a whole micro-batch, of which "
+                "a rank has its own rows; --aux_loss_alpha 0 trains without it"
             )
-        split_experts(model, self.rank % self.ep_size, self.ep_size, self.replica)
+        member, compiled = self.rank % self.ep_size, bool(self.config.compile)
+        split_experts(model, member, self.ep_size, self.replica, compiled)
 
     def sum(self, value: Tensor) -> Tensor:
         value = value.clone()

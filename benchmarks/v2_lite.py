@@ -88,9 +88,12 @@ TINY = dict(
 )
 
 
-def random_model(config: ModelConfig, device: str) -> Transformer:
-    model = build_model(config, device)
-    torch.manual_seed(0)
+def random_model(config: ModelConfig, device: str, parallel=SingleProcess()) -> Transformer:
+    """A model with random weights, or the part of a rank."""
+    model = build_model(config, "meta")
+    parallel.split(model)
+    model.to_empty(device=device)
+    torch.manual_seed(parallel.rank)
     for name, p in model.named_parameters():
         p.data.fill_(1.0) if "norm" in name else p.data.normal_(std=0.02)
     return model
@@ -104,7 +107,7 @@ def published_numbers(config: ModelConfig) -> dict:
 
 
 def synchronise(device: str) -> None:
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
@@ -174,20 +177,20 @@ def transformers_model(model: Transformer, fields: dict, device: str):
 
 def empty_memory(device: str) -> None:
     gc.collect()
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_gib(device: str) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    return torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
 
 
 class Measured:
     """The training steps of one setting, on one model."""
 
-    def __init__(self, model: Transformer, config: TrainConfig):
-        self.model, self.config = model, config
+    def __init__(self, model: Transformer, config: TrainConfig, parallel=SingleProcess()):
+        self.model, self.config, self.parallel = model, config, parallel
         self.cfg = published_numbers(model.config) if config.method == "esft" else None
         self.parameters = mark_trained(config, model, self.cfg)
         self.optimizer = MasterAdamW(self.parameters, config)
@@ -197,13 +200,14 @@ class Measured:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         alpha = self.model.config.aux_loss_alpha
-        args = self.config, self.model, self.rows, alpha, self.optimizer, SingleProcess()
+        args = self.config, self.model, self.rows, alpha, self.optimizer, self.parallel
         compute_gradients(*args)
+        self.parallel.reduce_gradients(self.optimizer.gradients)
         return self.optimizer.gradients
 
     def step(self) -> None:
         gradients = self.gradients()
-        norm = SingleProcess().grad_norm(gradients)
+        norm = self.parallel.grad_norm(gradients)
         if norm > self.config.max_grad_norm:
             masters = self.optimizer.masters.values()
             torch.nn.utils.clip_grads_with_norm_(masters, self.config.max_grad_norm, norm)
