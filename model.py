@@ -817,6 +817,8 @@ def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 
 def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
     """out (S, D), sorted by expert -> the sum of each token's K slots (N, D). Without gradient."""
+    if K == 1:
+        return out[inverse]
     if no_synchronisation(out):
         return out[inverse].view(-1, K, out.shape[-1]).sum(1)
     # On a CPU in one pass, without the slots in another order.

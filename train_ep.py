@@ -15,8 +15,11 @@ import signal
 import sys
 import time
 import traceback
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -51,6 +54,7 @@ class Route:
     sent: list[int]  # slots that go from here to each rank
     arriving: list[int]  # slots that come here from each
     group: dist.ProcessGroup | None
+    sum_slots: Callable  # `sum_slots`, or the same, compiled
     under_way: list = None  # what `start` left for `finish`
 
     def start(self, tensors: list[Tensor], back: bool) -> None:
@@ -92,7 +96,8 @@ class Depart(torch.autograd.Function):
     def backward(ctx, _, __):
         (inverse,), K = ctx.saved_tensors, ctx.route.K
         dslots, dweights = ctx.route.finish()
-        return sum_slots(dslots, inverse, K), dweights[inverse].view(-1, K), None, None, None
+        dx = ctx.route.sum_slots(dslots, inverse, K)
+        return dx, dweights[inverse].view(-1, K), None, None, None
 
 
 class Arrive(torch.autograd.Function):
@@ -124,13 +129,18 @@ class Return(torch.autograd.Function):
         (slots,) = route.finish()
         ctx.save_for_backward(order)
         ctx.route = route
-        return sum_slots(slots, inverse, route.K)
+        return route.sum_slots(slots, inverse, route.K)
 
     @staticmethod
     def backward(ctx, dy):
         (order,) = ctx.saved_tensors
         ctx.route.start([dy.index_select(0, order // ctx.route.K)], back=False)
         return *ctx.route.finish(), None, None, None, None
+
+
+@cache
+def compiled_sum() -> Callable:
+    return torch.compile(sum_slots, dynamic=True)
 
 
 class Exchange:
@@ -147,8 +157,9 @@ class Exchange:
         self.held = range(rank * count, (rank + 1) * count)
         moe.keep_experts(self.held)
         moe.all_experts = self
-        if compiled:  # what lies between exchanges is not
-            moe.swiglus = compiled_swiglu()
+        self.sum_slots = sum_slots
+        if compiled:  # with the layers, which end at an exchange
+            moe.swiglus, self.sum_slots = compiled_swiglu(), compiled_sum()
 
     @torch.compiler.disable
     def __call__(self, x: Tensor, weights: Tensor, indices: Tensor, trained: None = None) -> Tensor:
@@ -166,18 +177,19 @@ class Exchange:
     def route(self, indices: Tensor) -> tuple[Route, Tensor]:
         """The way of the slots of indices (N, K), and to which expert each goes that arrives here
         (R,). One synchronisation: how many go where."""
+        K = indices.shape[1]
         order, inverse, ends = sort_by_expert(indices, len(self.moe.experts))
         counts = ends.diff(prepend=ends.new_zeros(1))  # (E,) slots from here to each expert
         ids = torch.arange(self.held.start, self.held.stop, device=indices.device)
         if indices.is_meta:  # of a plan: spread evenly
             even = [len(order) // self.size] * self.size
             experts = ids.new_empty(sum(even))
-            return Route(order, inverse, indices.shape[1], even, even, self.group), experts
+            return Route(order, inverse, K, even, even, self.group, self.sum_slots), experts
         arriving = torch.empty_like(counts)  # (E,) from each rank to each expert here
         dist.all_to_all_single(arriving, counts, group=self.group)
         both = torch.stack([counts, arriving]).view(2, self.size, -1).sum(-1).tolist()
         experts = ids.repeat(self.size).repeat_interleave(arriving, output_size=sum(both[1]))
-        return Route(order, inverse, indices.shape[1], *both, self.group), experts
+        return Route(order, inverse, K, *both, self.group, self.sum_slots), experts
 
     def run(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         route, experts = self.route(indices)
@@ -235,6 +247,31 @@ def sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         flush()
 
 
+def own_store(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """A part of torchrun's store for the processes that were started together.
+
+    The store outlives them: after a restart it still says where those before could be reached
+    (pytorch issue 135712), and TORCHELASTIC_RESTART_COUNT is not the same on all hosts. So each
+    process greets with a name of its own, and the first rank answers by that."""
+    me = uuid.uuid4().hex
+    store.set(f"hello/{rank}", me)
+    if rank:
+        start = store.get(f"welcome/{me}").decode()  # waits for it
+        store.set(f"joined/{start}/{rank}", "")
+        return dist.PrefixStore(start, store)
+    missing, until = set(range(1, world_size)), time.monotonic() + timeout
+    while missing:
+        if time.monotonic() > until:
+            raise ValueError(f"ranks {sorted(missing)} did not come within {timeout:g} seconds")
+        for other in sorted(missing):
+            if store.check([f"joined/{me}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):  # perhaps that of a process that is no more
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", me)
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
+
+
 class ExpertParallel:
     """The counterpart of `SingleProcess`. Messages go through gloo, tensors of GPUs through
     nccl."""
@@ -243,6 +280,7 @@ class ExpertParallel:
         """Meets the other ranks. `timeout`: seconds until a rank that waits in vain gives up."""
         self.timeout = timedelta(seconds=timeout)
         store, self.rank, self.world_size = next(dist.rendezvous("env://", timeout=self.timeout))
+        store = own_store(store, self.rank, self.world_size, timeout)
         options = {"rank": self.rank, "world_size": self.world_size, "timeout": self.timeout}
         dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), **options)
         self.store = dist.PrefixStore("ends", store)
@@ -270,8 +308,8 @@ class ExpertParallel:
         balanced = balance_weight(self.config, model.config) > 0
         if balanced and not model.config.seq_aux and self.world_size > 1:
             raise ValueError(
-                "seq_aux is false in config.json: the balance loss is of a whole micro-batch, of which "
-                "a rank has its own rows; --aux_loss_alpha 0 trains without it"
+                "seq_aux is false in config.json: the balance loss is of a whole micro-batch, but "
+                "a rank has a part of it; --aux_loss_alpha 0 trains without it"
             )
         member, compiled = self.rank % self.ep_size, bool(self.config.compile)
         split_experts(model, member, self.ep_size, self.replica, compiled)

@@ -3,12 +3,16 @@ to, written to a folder. Started by torchrun; see test_train_ep.py.
 
     torchrun --nproc-per-node 4 tests/ranks.py FOLDER
 
-FOLDER/cases.json lists the runs: {"name", "ep_size", "config", "of_rank": {"1": {keys that differ
-there}}}. Rank R leaves FOLDER/NAME.R.json, with the error that ended it or null, and the gradients
-of the first step in FOLDER/NAME.R.safetensors."""
+FOLDER/cases.json lists the runs: {"name", "ep_size", "config"}; beside it may stand, for some ranks,
+{"of_rank": {"1": {keys of the config, or ep_size, that differ there}}}, {"signal": {"1": step in
+which rank 1 gets a SIGTERM}}, {"file_limit": {"1": bytes that a file may have}}. Rank R leaves
+FOLDER/NAME.R.json, with the error that ended the run or null, and the gradients of the first step in
+FOLDER/NAME.R.safetensors."""
 
 import json
 import os
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -17,16 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors.torch import save_file
 
-from train import SingleProcess, TrainConfig, train
+from train import ENDINGS, SingleProcess, TrainConfig, train
 from train_ep import ExpertParallel
 
 
 class Recording:
-    """Keeps the gradients of a run's first step, as they are reduced."""
+    """Keeps the gradients of a run's first step, as they are reduced; may send a signal in a
+    step."""
 
     recorded: dict | None = None
+    steps, signal_in = 0, None
 
     def grad_norm(self, gradients):
+        self.steps += 1
+        if self.steps == self.signal_in:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.recorded is None:
             self.recorded = {name: g.clone() for name, g in gradients.items()}
         return super().grad_norm(gradients)
@@ -45,16 +54,23 @@ def main() -> None:
     folder = Path(sys.argv[1])
     parallel = RecordingRanks(timeout=60)
     sys.stdout = open(os.devnull, "w")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for case in json.loads((folder / "cases.json").read_text()):
         other = case.get("of_rank", {}).get(str(parallel.rank), {})
+        ep_size = other.pop("ep_size", case["ep_size"])
         config = TrainConfig(**{**case["config"], **other})
-        error, parallel.recorded = None, None
+        error, parallel.recorded, parallel.steps = None, None, 0
+        parallel.signal_in = case.get("signal", {}).get(str(parallel.rank))
+        if limit := case.get("file_limit", {}).get(str(parallel.rank)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             parallel.each(config.check)
-            parallel.form_groups(config, other.get("ep_size", case["ep_size"]))
+            parallel.form_groups(config, ep_size)
             train(config, parallel)
-        except (ValueError, OSError, FloatingPointError) as reason:
+        except ENDINGS as reason:
             error = f"{type(reason).__name__}: {reason}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         report = {"error": error}
         name = f"{case['name']}.{parallel.rank}"
         (folder / f"{name}.json").write_text(json.dumps(report))

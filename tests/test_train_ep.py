@@ -2,30 +2,48 @@
 by torchrun and talk through gloo, on a CPU."""
 
 import json
+import os
 import random
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, save_tokenizer, save_with_transformers
+from conftest import ROOT, one_by_one, save_tokenizer, save_with_transformers, write_checkpoint
 from ranks import RecordingAlone
 from safetensors.torch import load_file
 from test_train import metrics
 
+import model
+import train as training
+import train_ep
+from model import load_model, read_checkpoint
 from train import TrainConfig, train
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # ranks, ep_size
 
 
 def torchrun(folder, ranks: int, cases: list[dict]) -> None:
     """Runs cases on so many processes; see ranks.py."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [*TORCHRUN, f"--nproc-per-node={ranks}", "tests/ranks.py", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", "tests/ranks.py"]
+    done = subprocess.run(
+        [*command, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def errors(folder, name: str, ranks: int) -> list[str | None]:
+    """What ended a case on each rank."""
+    return [json.loads((folder / f"{name}.{r}.json").read_text())["error"] for r in range(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -184,11 +202,288 @@ CASES += ["few", "few.checkpointing", "unreached", "small batch"]
 def test_a_run_on_ranks_equals_one_process(runs, name, ranks, ep_size):
     folder, recorded = runs
     case = f"{name}.{ranks}.{ep_size}"
-    parts = []
-    for rank in range(ranks):
-        report = json.loads((folder / f"{case}.{rank}.json").read_text())
-        assert report["error"] is None
-        parts.append(load_file(folder / f"{case}.{rank}.safetensors"))
+    assert errors(folder, case, ranks) == [None] * ranks
+    parts = [load_file(folder / f"{case}.{rank}.safetensors") for rank in range(ranks)]
     assert_same(folder / name, folder / case, recorded[name], parts)
     if name == "few" and ep_size == 4:
         assert parts[0] and not any(parts[1:])
+
+
+# ------------------------------------------------------------------------------------------
+# What a rank holds
+
+
+def bytes_read(function, *args, **options) -> int:
+    """What this process reads from files meanwhile."""
+
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = count()
+    function(*args, **options)
+    return count() - before
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_rank_reads_and_holds_its_share_alone(tmp_path, family, fused):
+    oracle = save_with_transformers(
+        tmp_path / "fused", seed=2, family=family, moe_intermediate_size=64, max_shard_size="200KB"
+    )
+    base = tmp_path / "fused"
+    if not fused:
+        base = tmp_path / "base"
+        fields = json.loads((tmp_path / "fused/config.json").read_text())
+        write_checkpoint(base, fields, one_by_one(oracle.state_dict()), shards=3)
+
+    def headers() -> None:
+        model.fingerprint(read_checkpoint(base)[1])
+
+    whole = load_model(base, dtype=torch.float32)
+    headers_alone, held = bytes_read(headers), {}
+    for rank in range(4):
+        parts = {}
+
+        def load() -> None:
+            parts["model"] = load_model(
+                base, dtype=torch.float32, split=lambda m: train_ep.split_experts(m, rank, 4)
+            )
+
+        read = bytes_read(load) - headers_alone
+        tensors = parts["model"].state_dict()
+        share = sum(tensor.nbytes for tensor in tensors.values())
+        if whole.config.tie_word_embeddings:
+            share -= tensors["lm_head.weight"].nbytes
+        assert abs(read - share) < 1000 < share
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, whole.state_dict()[name])
+        for moe in (m for m in parts["model"].modules() if isinstance(m, model.MoE)):
+            assert len(moe.gate_up) == len(moe.down) == 2
+        held[rank] = {name for name in tensors if ".mlp.experts." in name}
+    assert not held[0] & held[1] and len(set().union(*held.values())) == sum(
+        map(len, held.values())
+    )
+    everything = {name for name in whole.state_dict() if ".mlp.experts." in name}
+    assert set().union(*held.values()) == everything
+    with pytest.raises(ValueError, match=r"ep_size is 3; must divide n_routed_experts \(8\)"):
+        load_model(base, split=lambda m: train_ep.split_experts(m, 0, 3))
+
+
+# ------------------------------------------------------------------------------------------
+# Stopping, going on, and what is refused
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(bases, chats, tmp_path):
+    """Begun on four ranks, stopped by a signal to one of them; on two, with another ep_size, where
+    a disk is full at first; ended by one process. A run of two ranks that is stopped, and goes on
+    the same, ends with the bits of one that is not."""
+    base = bases["deepseek_v3"]
+    wholly = keys(base, chats, tmp_path / "alone", save_steps=1)
+    train(TrainConfig(**wholly))
+
+    def case(name: str, ep_size: int, output: str, **more) -> dict:
+        config = keys(base, chats, tmp_path / output, save_steps=1)
+        return {"name": name, "ep_size": ep_size, "config": config, **more}
+
+    torchrun(tmp_path, 4, [case("stopped", 4, "run", signal={"2": 2})])
+    (said,) = set(errors(tmp_path, "stopped", 4))
+    assert said.startswith("KeyboardInterrupt: SIGTERM after step 2; kept:")
+    newest = tmp_path / "run/checkpoints/step-000002"
+    assert len(list(newest.glob("optimizer*.safetensors"))) > 1
+    cases = [
+        case("full", 2, "run", file_limit={"1": 3000}),
+        case("on two", 2, "run", signal={"1": 1}),
+        case("whole", 2, "whole"),
+        case("begun", 2, "parts", signal={"0": 3}),
+        case("ended", 2, "parts"),
+    ]
+    torchrun(tmp_path, 2, cases)
+    (said,) = set(errors(tmp_path, "full", 2))
+    assert said.startswith("OSError: rank 1: ") and "File too large" in said
+    assert said.endswith(f"kept: {newest}, from which the same command goes on")
+    assert [e[:17] for e in errors(tmp_path, "on two", 2)] == ["KeyboardInterrupt"] * 2
+    results = train(TrainConfig(**keys(base, chats, tmp_path / "run", save_steps=1)))
+    assert results["steps"] == 5
+    assert_same(tmp_path / "alone", tmp_path / "run", {}, [])
+    assert errors(tmp_path, "whole", 2) == errors(tmp_path, "ended", 2) == [None, None]
+    names = ["adapter/adapter.safetensors", "adapter/expert_cfg.json", "scores_after.json"]
+    names += [f"checkpoints/step-000005/optimizer{r}.safetensors" for r in ("", "-1")]
+    for name in names:
+        files = [tmp_path / run / name for run in ("whole", "parts")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_what_differs_or_fails_on_one_rank_is_refused_on_all(bases, chats, tmp_path):
+    base = bases["deepseek_v2"]
+    lines = Path(chats).read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines, '{"messages": 3}']) + "\n")
+    shutil.copytree(base, tmp_path / "torn")
+    with open(tmp_path / "torn/model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    shutil.copytree(base, tmp_path / "changed")
+    with open(tmp_path / "changed/config.json") as file:
+        fields = json.load(file) | {"seq_aux": False}
+    (tmp_path / "changed/config.json").write_text(json.dumps(fields))
+    wrong = {
+        "data": ({"1": {"data": f"{tmp_path}/other.jsonl"}}, "rank 1 has another data than rank 0"),
+        "config": ({"0": {"learning_rate": 0.5}}, "rank 1 has another learning_rate than rank 0"),
+        "place": ({"1": {"output_dir": f"{tmp_path}/elsewhere"}}, "another output_dir than rank 0"),
+        "row": (
+            {"1": {"data": f"{tmp_path}/bad.jsonl"}},
+            "rank 1: .*bad.jsonl: line 61: field mess",
+        ),
+        "base": ({"1": {"model": f"{tmp_path}/nowhere"}}, "rank 1: .*nowhere: no such checkpoint"),
+        "shard": ({"0": {"model": f"{tmp_path}/torn"}}, "rank 0: .*torn/model.safetensors: "),
+        "size": ({"1": {"ep_size": 1}}, "rank 1 has another ep_size than rank 0: 1, not 2"),
+        "value": ({"1": {"steps": 0}}, "rank 1: steps is 0; must be at least 1"),
+        "sizes": ({r: {"ep_size": 3} for r in "01"}, "ep_size is 3; must divide the 2 ranks"),
+        "balance": (
+            {r: {"model": f"{tmp_path}/changed"} for r in "01"},
+            "seq_aux is false in config.json",
+        ),
+    }
+    cases = [
+        {
+            "name": name,
+            "ep_size": 2,
+            "config": keys(base, chats, tmp_path / "run"),
+            "of_rank": others,
+        }
+        for name, (others, _) in wrong.items()
+    ]
+    after = {"name": "after", "ep_size": 2, "config": keys(base, chats, tmp_path / "after")}
+    torchrun(tmp_path, 2, [*cases, after])
+    for name, (_, message) in wrong.items():
+        said = errors(tmp_path, name, 2)
+        assert said[0] == said[1] and re.search(message, said[0]), said
+    assert not (tmp_path / "run/train_config.json").exists()
+    assert errors(tmp_path, "after", 2) == [None, None]  # all still meet in the same places
+
+
+def test_an_output_dir_that_another_rank_does_not_see_is_refused(tmp_path):
+    with pytest.raises(OSError, match="all ranks must see one output_dir"):
+        training.check_shared(tmp_path, {"seed": 0})
+    (tmp_path / "train_config.json").write_text('{"seed": 1}')
+    with pytest.raises(OSError, match="all ranks must see one output_dir"):
+        training.check_shared(tmp_path, {"seed": 0})
+    (tmp_path / "train_config.json").write_text('{"seed": 0}')
+    training.check_shared(tmp_path, {"seed": 0})
+
+
+def write_toml(path, config: dict) -> None:
+    kept = {k: v for k, v in config.items() if v not in (None, "", (), [])}
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in kept.items()))
+
+
+def test_a_killed_rank_ends_the_others_and_torchrun_continues(bases, chats, tmp_path):
+    """The command itself: a rank is killed in mid-step, all end with a message that says which,
+    torchrun starts them again, and the adapter has the bits of a run that nobody killed."""
+    base = bases["deepseek_v2"]
+    for name in ("whole", "killed"):
+        config = keys(base, chats, tmp_path / name, steps=40, save_steps=4, eval_steps=20)
+        write_toml(tmp_path / f"{name}.toml", config)
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "train_ep.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": environment, "text": True}
+
+    def arguments(name: str) -> list[str]:
+        return [*command, "--config", str(tmp_path / f"{name}.toml"), "--ep_size", "2"]
+
+    whole = subprocess.run(arguments("whole"), **options, capture_output=True, timeout=120)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert (
+        "next: python model.py merge" in whole.stdout and whole.stdout.count("step     1/40") == 1
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(arguments("killed"), **options, **pipes) as run:
+        record, deadline = tmp_path / "killed/metrics.jsonl", time.monotonic() + 60
+        while not record.exists() or record.read_text().count("\n") < 10:
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.005)
+        os.kill(worker(run.pid, "1"), signal.SIGKILL)
+        stdout, stderr = run.communicate(timeout=120)
+    assert run.returncode == 0, stderr[-3000:]
+    assert "error: rank 1 died or does not answer" in stderr
+    assert "continues after step" in stdout
+    for name in ("adapter/adapter.safetensors", "adapter/expert_cfg.json", "scores_after.json"):
+        files = [tmp_path / run / name for run in ("whole", "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+
+
+def worker(agent: int, rank: str) -> int:
+    """The process that torchrun's agent started as that rank."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == agent and f"RANK={rank}\0" in path.read_text():
+                return int(path.parent.name)
+        except (OSError, UnicodeDecodeError):  # ended meanwhile, or another user's
+            continue
+    raise AssertionError("no such process")
+
+
+def test_the_command_says_what_is_wrong_once(bases, chats, tmp_path):
+    write_toml(tmp_path / "run.toml", keys(bases["deepseek_v2"], chats, tmp_path / "run"))
+    arguments = ["train_ep.py", "--config", str(tmp_path / "run.toml")]
+    alone = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert alone.returncode == 1 and "start with torchrun --nproc-per-node N" in alone.stderr
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *arguments, "--ep_size", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ep_size is 4; must divide the 2 ranks") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------
+# Several hosts
+
+
+@pytest.fixture
+def hosts():
+    """Of two hosts: what commands begin with there, the address, the network interface. Two network
+    namespaces with a wire between them, where this machine lets us make them; else itself twice."""
+    names = [f"esft{os.getpid()}{end}" for end in "ab"]
+    steps = [f"netns add {name}" for name in names]
+    steps += [f"link add {names[0]} type veth peer name {names[1]}"]
+    for i, name in enumerate(names, 1):
+        steps += [f"link set {name} netns {name}", f"-n {name} link set lo up"]
+        steps += [f"-n {name} addr add 10.77.0.{i}/24 dev {name}", f"-n {name} link set {name} up"]
+    made = shutil.which("ip") is not None
+    for step in steps:
+        made = made and subprocess.run(["ip", *step.split()], capture_output=True).returncode == 0
+    if made:
+        yield [(["ip", "netns", "exec", n], f"10.77.0.{i}", n) for i, n in enumerate(names, 1)]
+    else:
+        yield [([], "127.0.0.1", "lo")] * 2
+    for name in names if shutil.which("ip") else []:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_hosts_equal_one_process(runs, bases, chats, hosts, tmp_path):
+    """Two agents of torchrun, with their rendezvous between them."""
+    folder, recorded = runs
+    config = keys(bases["deepseek_v3"], chats, tmp_path / "run")
+    cases = [{"name": "hosts", "ep_size": 2, "config": config}]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    agents = []
+    for i, (prefix, address, interface) in enumerate(hosts):
+        command = [*prefix, *TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+        command += [f"--rdzv-endpoint={hosts[0][1]}:{port}", f"--local-addr={address}"]
+        command += [f"--rdzv-conf=is_host={'true' if i == 0 else 'false'}"]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
+        options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+        agents.append(subprocess.Popen([*command, "tests/ranks.py", str(tmp_path)], **options))
+    said = [agent.communicate(timeout=120)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert errors(tmp_path, "hosts", 2) == [None, None]
+    parts = [load_file(tmp_path / f"hosts.{rank}.safetensors") for rank in range(2)]
+    name = "deepseek_v3.esft"
+    assert_same(folder / name, tmp_path / "run", recorded[name], parts)
