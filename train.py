@@ -1468,9 +1468,11 @@ def plan_rank(
 def plan(
     config: TrainConfig,
     ranks: Callable[[ModelConfig, dict | None], list] = lambda *_: [SingleProcess()],
+    more: Callable[[TrainConfig, ModelConfig, list], list[str]] = lambda *_: [],
 ) -> str:
     """A table of what the run needs, from the checkpoint's config.json alone: a column for each of
-    the parallel objects that `ranks` makes for the base's config and an expert_cfg."""
+    the parallel objects that `ranks` makes for the base's config and an expert_cfg. `more` gives
+    further lines."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise ValueError(f"device is {config.device!r}; must be cpu or cuda")
     path = local_directory(config.model, files=["config.json"]) / "config.json"
@@ -1491,7 +1493,7 @@ def plan(
     ]
 
     def add(label: str, cells: Iterable[str]) -> None:
-        lines.append(f"{label:<44}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(table_row(label, cells))
 
     def gib(name) -> list[str]:
         return [size_text(need[name]) for need in needs]
@@ -1514,13 +1516,18 @@ def plan(
     size = getattr(torch, config.dtype).itemsize
     count = sum(p.numel() for p in trained.values())
     lines += [
-        "",
         "* as in this config",
+        *more(config, model_config, columns),
+        "",
         f"on disk: adapter {size_text(count * size)}; each checkpoint to continue from "
         f"{size_text(count * 12)}, of which two are kept and a third is written",
         "nothing was loaded or written; next: the same command without --plan",
     ]
     return "\n".join(lines)
+
+
+def table_row(label: str, cells: Iterable[str]) -> str:
+    return (f"{label:<44}" + "".join(f"{cell:>18}" for cell in cells)).rstrip()
 
 
 def size_text(count: int) -> str:

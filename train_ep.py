@@ -25,7 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import ModelConfig, MoE, Transformer, compiled_swiglu, sort_by_expert, sum_slots
+from model import (
+    ModelConfig,
+    MoE,
+    Transformer,
+    build_model,
+    compiled_swiglu,
+    sort_by_expert,
+    sum_slots,
+)
 from train import (
     ENDINGS,
     SingleProcess,
@@ -34,9 +42,12 @@ from train import (
     command_line,
     config_of,
     ending,
+    micro_batches,
     plan,
     print_results,
     report,
+    size_text,
+    table_row,
     train,
 )
 
@@ -440,14 +451,73 @@ class Rehearsal(SingleProcess):
         split_experts(model, self.member, self.ep_size)
 
 
-def plan_ranks(config: TrainConfig, counts: list[int], ep_size: int) -> str:
-    """`train.plan` for numbers of ranks."""
+def plan_ranks(config: TrainConfig, counts: list[int], ep_size: int | None) -> str:
+    """`train.plan` for numbers of ranks, and what they exchange."""
 
-    def rehearsals(model_config: ModelConfig, expert_cfg: dict | None) -> list[Rehearsal]:
-        E = model_config.n_routed_experts
+    def rehearse(base: ModelConfig, expert_cfg: dict | None) -> list[Rehearsal]:
+        E = base.n_routed_experts
         return [Rehearsal(count, ep_size or count, E, expert_cfg) for count in counts]
 
-    return plan(config, rehearsals)
+    return plan(config, rehearse, exchange_lines)
+
+
+LINKS = {"NVLink 4": 450, "400 Gbit/s a GPU": 50}  # GB/s one way
+FLOPS = 350e12  # a second: the V2-Lite job's on an H200, whole steps (README.md)
+
+
+def step_flops(config: TrainConfig, base: ModelConfig) -> float:
+    """Floating-point operations of a token in a step: forward (twice with checkpointing), and
+    backward for the activations; the weight gradients of the few trained experts are left out."""
+    model = build_model(base, "meta")
+    linear = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not is_expert(name) and "embed_tokens" not in name
+    )
+    expert = 3 * base.hidden_size * base.moe_intermediate_size
+    linear += len(base.moe_layers) * base.num_experts_per_tok * expert
+    heads = 2 * base.rotary_dim  # of deepseek: of queries and of values
+    if base.model_type != "deepseek":
+        heads = base.qk_nope_head_dim + base.qk_rope_head_dim + base.v_head_dim
+    # A query sees half of the row, on average.
+    seen = base.num_hidden_layers * base.num_attention_heads * heads * config.seq_length / 2
+    forwards = 2 if config.gradient_checkpointing else 1
+    return 2 * (linear * (forwards + 1) + seen * (forwards + 2.5))
+
+
+def exchange_lines(config: TrainConfig, base: ModelConfig, columns: list[Rehearsal]) -> list[str]:
+    """Of a plan: what a rank sends of its tokens, and how long that takes beside the arithmetic."""
+    size = getattr(torch, config.dtype).itemsize
+    micro_batch = config.batch_size // config.gradient_accumulation_steps
+    ways = 6 if config.gradient_checkpointing else 4
+    layers, K = len(base.moe_layers), base.num_experts_per_tok
+    batches = [micro_batches(config.batch_size, micro_batch, 0, c.world_size) for c in columns]
+    tokens = [len(parts[0]) * config.seq_length for parts in batches]
+    slots = [n * K * (c.ep_size - 1) // c.ep_size for n, c in zip(tokens, columns)]
+    way = [count * base.hidden_size * size for count in slots]
+    step = [n * ways * layers * len(parts) for n, parts in zip(way, batches)]
+    flops = step_flops(config, base)
+    seconds = [n * len(parts) * flops / FLOPS for n, parts in zip(tokens, batches)]
+    rows = {
+        "exchange of one rank: ep_size": [str(c.ep_size) for c in columns],
+        "tokens of a micro-batch": [f"{n:,}" for n in tokens],
+        f"x {K} experts, those on other ranks": [f"{n:,}" for n in slots],
+        f"x {base.hidden_size} x {size} bytes: one way": map(size_text, way),
+        f"x {ways} ways: a layer and micro-batch": [size_text(n * ways) for n in way],
+        f"x {layers} layers x micro-batches: a step": map(size_text, step),
+        f"arithmetic of a step at {FLOPS / 1e12:.0f} TFLOP/s": [f"{s:.2f} s" for s in seconds],
+    }
+    for name, speed in LINKS.items():
+        taken = [n / speed / 1e9 for n in step]
+        shown = [f"{t:.2f} s, {t / (t + s):.0%}" for t, s in zip(taken, seconds)]
+        rows[f"exchange at {speed} GB/s ({name})"] = shown
+    again = " (twice, as layers are computed again)" if ways == 6 else ""
+    return [
+        "",
+        *(table_row(label, cells) for label, cells in rows.items()),
+        f"ways: tokens to their experts and back{again}, gradients to them and back; the",
+        "percentage is of exchange and arithmetic one after the other (shared experts overlap)",
+    ]
 
 
 def own_device(device: str) -> str:

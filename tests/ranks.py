@@ -3,11 +3,11 @@ to, written to a folder. Started by torchrun; see test_train_ep.py.
 
     torchrun --nproc-per-node 4 tests/ranks.py FOLDER
 
-FOLDER/cases.json lists the runs: {"name", "ep_size", "config"}; beside it may stand, for some ranks,
-{"of_rank": {"1": {keys of the config, or ep_size, that differ there}}}, {"signal": {"1": step in
-which rank 1 gets a SIGTERM}}, {"file_limit": {"1": bytes that a file may have}}. Rank R leaves
-FOLDER/NAME.R.json, with the error that ended the run or null, and the gradients of the first step in
-FOLDER/NAME.R.safetensors."""
+FOLDER/cases.json lists the runs: {"name", "ep_size", "config"}; beside it may stand, for some
+ranks, {"of_rank": {"1": {keys of the config, or ep_size, that differ there}}}, {"signal": {"1":
+step in which rank 1 gets a SIGTERM}}, {"file_limit": {"1": bytes that a file may have}}. Rank R
+leaves FOLDER/NAME.R.json, with the error that ended the run or null, and the gradients of the first
+step in FOLDER/NAME.R.safetensors."""
 
 import json
 import os
