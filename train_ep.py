@@ -151,7 +151,13 @@ class Return(torch.autograd.Function):
 
 @cache
 def compiled_sum() -> Callable:
-    return torch.compile(sum_slots, dynamic=True)
+    """`sum_slots` for any number of slots, in one kernel that reads each of them once."""
+
+    def add(out: Tensor, inverse: Tensor, K: int) -> Tensor:
+        places = inverse.view(-1, K)
+        return sum(out[places[:, k]].float() for k in range(K)).to(out.dtype)
+
+    return torch.compile(add, dynamic=True)
 
 
 class Exchange:

@@ -209,6 +209,45 @@ def test_a_run_on_ranks_equals_one_process(runs, name, ranks, ep_size):
         assert parts[0] and not any(parts[1:])
 
 
+def test_compiled_layers_end_at_the_exchange(bases, chats, tmp_path):
+    """In bfloat16, as layers are not compiled in float32: first gradients are as near to those of
+    one process in float32 as the uncompiled ones are."""
+    changes = {"dtype": "bfloat16", "steps": 2, "eval_steps": 2, "non_expert_modules": True}
+    cases = [
+        {
+            "name": f"{compiled}.{saving}",
+            "ep_size": 2,
+            "config": keys(
+                bases["deepseek_v3"],
+                chats,
+                tmp_path / f"run.{compiled}.{saving}",
+                **changes,
+                compile=compiled,
+                gradient_checkpointing=saving,
+            ),
+        }
+        for compiled in (False, True)
+        for saving in (False, True)
+    ]
+    torchrun(tmp_path, 2, cases)
+    alone = RecordingAlone()
+    exact = keys(bases["deepseek_v3"], chats, tmp_path / "alone", **changes | {"dtype": "float32"})
+    train(TrainConfig(**exact), alone)
+
+    def distance(case: str) -> float:
+        assert errors(tmp_path, case, 2) == [None, None]
+        parts = [load_file(tmp_path / f"{case}.{rank}.safetensors") for rank in range(2)]
+        gradients = parts[0] | parts[1]
+        assert gradients.keys() == alone.recorded.keys()
+        return sum((g - alone.recorded[name]).norm() ** 2 for name, g in gradients.items()) ** 0.5
+
+    size = sum(g.norm() ** 2 for g in alone.recorded.values()) ** 0.5
+    uncompiled = distance("False.False")
+    assert distance("False.True") == uncompiled < 0.1 * size
+    for case in ("True.False", "True.True"):
+        assert 0.5 * uncompiled < distance(case) < 1.5 * uncompiled
+
+
 # ------------------------------------------------------------------------------------------
 # What a rank holds
 
