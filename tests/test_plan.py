@@ -1,6 +1,7 @@
 """What --plan says equals what a step takes; what a finished run shows."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ from test_model import small_config
 from test_train import metrics, settings
 
 import train as training
+from benchmarks.v2_lite import V2_LITE
 from model import MoE, build_model, load_model
 from train import Allocations, MasterAdamW, Rows, SingleProcess, TrainConfig, plan, train
-from train_ep import Rehearsal, plan_ranks
+from train_ep import Rehearsal, exchange_lines, plan_ranks, step_flops
 
 
 @pytest.mark.parametrize("experts", ["grouped", "loop"])
@@ -169,6 +171,36 @@ def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
         "15,706,484,224 parameters, bfloat16; esft: 5 of 64 experts a layer, assumed" in done.stdout
     )
     assert "29.26 GiB" in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_what_ranks_exchange_by_hand():
+    """DeepSeek-V2-Lite: a token uses 2.45 billion parameters, the embedding apart."""
+    config = TrainConfig(
+        seq_length=4096,
+        batch_size=32,
+        gradient_accumulation_steps=8,
+        gradient_checkpointing=False,
+        dtype="bfloat16",
+    )
+    base = training.ModelConfig(**V2_LITE)
+    # Forward and backward of the linear layers, and 0.57 GFLOP of attention, 2.5 times in backward.
+    assert step_flops(config, base) == pytest.approx(2 * 4.9e9 + 3.5 * 0.57e9, rel=0.01)
+    columns = [Rehearsal(8, 8, 64, None), Rehearsal(16, 4, 64, None)]
+    lines = dict(re.split(r"\s{3,}", line, maxsplit=1) for line in lines_of(config, base, columns))
+    # 4 rows of 4096 tokens, and 2 rows; 7 of 8 slots, and 3 of 4, are for other ranks.
+    assert lines["x 6 experts, those on other ranks"].split() == ["86,016", "36,864"]
+    way = 16384 * 6 * 7 // 8 * 2048 * 2
+    assert lines["x 2048 x 2 bytes: one way"].startswith(f"{way / 2**20:.1f} MiB")
+    step = way * 26 * 4
+    assert lines["x 26 layers x micro-batches: a step"].startswith(f"{step / 2**30:.2f} GiB")
+    arithmetic = 16384 * step_flops(config, base) / 350e12
+    taken = step / 450e9
+    share = taken / (taken + arithmetic)
+    assert lines["exchange at 450 GB/s (NVLink 4)"].startswith(f"{taken:.2f} s, {share:.0%}")
+
+
+def lines_of(config, base, columns) -> list[str]:
+    return [line for line in exchange_lines(config, base, columns) if "   " in line]
 
 
 def test_a_plan_takes_the_selection_of_its_own_run_alone(checkpoint, chat_file, tmp_path):

@@ -1,15 +1,18 @@
 """Scores and selection against a table worked out by hand and against the published selections."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from test_model import small_moe
 
 import select_experts
+from data import encode_file, load_tokenizer, sample_tokens
 from model import MoE, load_model
-from select_experts import choose, collect_scores, read_scores, select
+from select_experts import choose, collect_scores, read_scores, scoring_batches, select
 
 
 class FixedGate(torch.nn.Module):
@@ -215,3 +218,28 @@ def test_bad_score_files(tmp_path):
         path.write_text(json.dumps(value))
         with pytest.raises(ValueError, match=f"scores.json: .*{message}"):
             read_scores(path)
+
+
+def test_processes_that_share_the_samples_give_the_scores_of_one(tmp_path, checkpoint):
+    """Three processes and two batches, so that one has nothing to do."""
+    rows = [{"prompt": f"{i} " * 20, "completion": str(i * i)} for i in range(400)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = encode_file(data, load_tokenizer(checkpoint))
+    sequences = sample_tokens(samples, 30000, 4096, seed=0)
+    assert len(list(scoring_batches(sequences, 0))) == 2
+    command = [str(ROOT / "select_experts.py"), "--model", str(checkpoint), "--data"]
+    command += [str(data), "--n_sample_tokens", "30000"]
+    starts = {1: [], 3: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]}
+    for count, start in starts.items():
+        arguments = [*start, *command, "--output", str(tmp_path / f"{count}.json")]
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("wrote") == 1
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "3.json").read_bytes()
+    alone, shared = (json.loads((tmp_path / f"{n}.scores.json").read_text()) for n in starts)
+    assert alone["token_scores"] == shared["token_scores"]  # sums of whole numbers
+    for layer, scores in alone["gate_scores"].items():
+        assert shared["gate_scores"][layer] == pytest.approx(scores, rel=1e-12)
