@@ -1009,11 +1009,14 @@ def begin_output(config: TrainConfig, identity: dict) -> None:
     write_json(output / "train_config.json", identity, indent=2)
 
 
-def check_shared(output: Path, identity: dict) -> None:
-    """Raises OSError where the first rank's output_dir is not to be seen."""
-    path = output / "train_config.json"
-    if not path.exists() or read_json(path) != identity:
-        raise OSError(f"{output}: is not the first rank's; all ranks must see one output_dir")
+def check_shared(output: Path, identity: dict, patience: float = 60.0) -> None:
+    """Raises OSError where the first rank's output_dir is not to be seen, within some seconds: a
+    network's file system may show what was there before for a while."""
+    path, until = output / "train_config.json", time.monotonic() + patience
+    while not path.exists() or read_json(path) != identity:
+        if time.monotonic() > until:
+            raise OSError(f"{output}: is not the first rank's; all ranks must see one output_dir")
+        time.sleep(0.5)
 
 
 def prepare(config: TrainConfig, inputs: Inputs, parallel) -> Job:
@@ -1141,8 +1144,9 @@ class Interruption:
     """Within its block a first SIGINT or SIGTERM only leaves its name in `received`, so that the
     step at hand can be finished; a second one acts as it does outside."""
 
-    def __init__(self):
+    def __init__(self, said: bool):
         self.received: str | None = None
+        self.said = said
         both = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         # A process in the background of a script is started with SIGINT ignored.
         self.outside = {s: handler for s, handler in both.items() if handler != signal.SIG_IGN}
@@ -1156,7 +1160,10 @@ class Interruption:
         self.received = signal.Signals(number).name
         self.restore()
         with suppress(OSError):  # Ctrl-C ends a `| tee`, too
-            os.write(2, b"\nfinishes the step, then writes a checkpoint; again: stops at once\n")
+            if self.said:
+                os.write(
+                    2, b"\nfinishes the step, then writes a checkpoint; again: stops at once\n"
+                )
 
     def restore(self) -> None:
         for number, handler in self.outside.items():
@@ -1201,7 +1208,7 @@ def run(config: TrainConfig, inputs: Inputs, parallel) -> dict:
     started -= state["seconds"]  # of the processes before, up to the checkpoint
 
     clock = Clock(config, state["step"])
-    with Interruption() as stop:
+    with Interruption(said=parallel.rank == 0) as stop:
         for step in range(state["step"], config.steps):
             chosen = rows_of_step(len(job.rows.tokens), config.batch_size, config.seed, step)
             rows = job.rows.take(chosen)

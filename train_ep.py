@@ -583,6 +583,8 @@ def main() -> None:
         "many ranks needs, and what they exchange (--plan 1 8 64)",
     )
     arguments = parser.parse_args()
+    if not arguments.timeout > 0:
+        parser.error(f"--timeout is {arguments.timeout}; must be above 0")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     parallel = None
     try:
@@ -592,9 +594,11 @@ def main() -> None:
         if "RANK" not in os.environ:
             raise ValueError("no ranks: start with torchrun --nproc-per-node N train_ep.py ...")
         parallel = ExpertParallel(arguments.timeout)
-        if parallel.rank:
-            sys.stdout = open(os.devnull, "w")  # the first one speaks
+        if parallel.rank:  # the first one speaks
+            sys.stdout = open(os.devnull, "w")
+            sys.stderr.isatty = lambda: False  # and shows progress
         train_ranks(arguments, parallel)
+        dist.destroy_process_group()
     except (*ENDINGS, RuntimeError) as error:
         raise SystemExit(end(error, parallel)) from None
 
@@ -609,7 +613,8 @@ def end(error: BaseException, parallel: ExpertParallel | None) -> int:
         return status
     # gloo has no kind of its own.
     lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-    if lost or (status == 130 and not str(error)):
+    # torchrun's SIGTERM may come first; all ranks agree on a step to stop after.
+    if lost or (status == 130 and " after step " not in str(error)):
         if fate := parallel.fate_of_others():
             message, status = f"error: {fate}. All ranks end; the same command goes on", 1
         message = message or f"error: {error}"

@@ -403,10 +403,10 @@ def test_what_differs_or_fails_on_one_rank_is_refused_on_all(bases, chats, tmp_p
 
 def test_an_output_dir_that_another_rank_does_not_see_is_refused(tmp_path):
     with pytest.raises(OSError, match="all ranks must see one output_dir"):
-        training.check_shared(tmp_path, {"seed": 0})
+        training.check_shared(tmp_path, {"seed": 0}, patience=0)
     (tmp_path / "train_config.json").write_text('{"seed": 1}')
     with pytest.raises(OSError, match="all ranks must see one output_dir"):
-        training.check_shared(tmp_path, {"seed": 0})
+        training.check_shared(tmp_path, {"seed": 0}, patience=0)
     (tmp_path / "train_config.json").write_text('{"seed": 0}')
     training.check_shared(tmp_path, {"seed": 0})
 
