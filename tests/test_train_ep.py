@@ -416,53 +416,73 @@ def write_toml(path, config: dict) -> None:
     path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in kept.items()))
 
 
+def start(path, config: dict, *options: str, restarts: int = 0) -> subprocess.Popen:
+    """The command itself, on two ranks that share the experts."""
+    write_toml(path, config)
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    command += ["train_ep.py", "--config", str(path), "--ep_size", "2", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def signal_in_a_step(run: subprocess.Popen, output, number: int) -> int:
+    """Sends a signal to rank 1 once the run has done ten steps; returns the process."""
+    record, deadline = output / "metrics.jsonl", time.monotonic() + 300
+    while not record.exists() or record.read_text().count("\n") < 10:
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.005)
+    process = worker(run.pid, "1")
+    os.kill(process, number)
+    return process
+
+
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(bases, chats, tmp_path):
-    """The command itself: a rank is killed in mid-step, all end with a message that says which.
-    torchrun starts them again, and the adapter has the bits of a run that nobody killed; or one
-    process goes on, and it is the same to rounding."""
+    """A rank is killed in mid-step, all end with a message that says which. torchrun starts them
+    again, and the adapter has the bits of a run that nobody killed; or one process goes on, and it
+    is the same to rounding."""
 
     def config(name: str) -> dict:
         output = tmp_path / name
         return keys(bases["deepseek_v2"], chats, output, steps=40, save_steps=4, eval_steps=20)
 
-    def start(name: str, restarts: int) -> subprocess.Popen:
-        write_toml(tmp_path / f"{name}.toml", config(name))
-        command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-        command += ["train_ep.py", "--config", str(tmp_path / f"{name}.toml"), "--ep_size", "2"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-
-    def start_and_kill(name: str, restarts: int) -> tuple[int, str, str]:
-        with start(name, restarts) as run:
-            record, deadline = tmp_path / name / "metrics.jsonl", time.monotonic() + 60
-            while not record.exists() or record.read_text().count("\n") < 10:
-                assert time.monotonic() < deadline and run.poll() is None
-                time.sleep(0.005)
-            os.kill(worker(run.pid, "1"), signal.SIGKILL)
-            stdout, stderr = run.communicate(timeout=120)
+    def run_and_kill(name: str, restarts: int) -> tuple[int, str, str]:
+        with start(tmp_path / f"{name}.toml", config(name), restarts=restarts) as run:
+            signal_in_a_step(run, tmp_path / name, signal.SIGKILL)
+            stdout, stderr = run.communicate(timeout=300)
         assert "error: rank 1 died or does not answer" in stderr
         return run.returncode, stdout, stderr
 
-    with start("whole", 0) as run:
-        stdout, stderr = run.communicate(timeout=120)
+    with start(tmp_path / "whole.toml", config("whole")) as run:
+        stdout, stderr = run.communicate(timeout=300)
     assert run.returncode == 0, stderr[-3000:]
     assert "next: python model.py merge" in stdout and stdout.count("step     1/40") == 1
-    status, stdout, stderr = start_and_kill("killed", 1)
+    status, stdout, stderr = run_and_kill("killed", 1)
     assert status == 0, stderr[-3000:]
     assert "continues after step" in stdout
-    status, _, _ = start_and_kill("changed", 0)
-    assert status != 0 and len(metrics(tmp_path / "changed")) < 40
-    train(TrainConfig(**config("changed")))
-    mine, theirs = (
-        load_file(tmp_path / n / "adapter/adapter.safetensors") for n in ("changed", "whole")
-    )
-    for name, tensor in theirs.items():
-        assert (mine[name] - tensor).norm() <= 1e-4 * tensor.norm()
     for name in ("adapter/adapter.safetensors", "adapter/expert_cfg.json", "scores_after.json"):
         files = [tmp_path / run / name for run in ("whole", "killed")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    status, _, _ = run_and_kill("changed", 0)
+    assert status != 0 and len(metrics(tmp_path / "changed")) < 40
+    train(TrainConfig(**config("changed")))
+    file = "adapter/adapter.safetensors"
+    mine, theirs = (load_file(tmp_path / name / file) for name in ("changed", "whole"))
+    for name, tensor in theirs.items():
+        assert (mine[name] - tensor).norm() <= 1e-4 * tensor.norm()
+
+
+def test_a_rank_that_hangs_is_named_when_the_others_have_waited(bases, chats, tmp_path):
+    config = keys(bases["deepseek_v2"], chats, tmp_path / "run", steps=400)
+    with start(tmp_path / "run.toml", config, "--timeout", "5") as run:
+        hanging = signal_in_a_step(run, tmp_path / "run", signal.SIGSTOP)
+        try:
+            seen = next(line for line in run.stderr if line.startswith("error: "))
+        finally:
+            os.kill(hanging, signal.SIGCONT)  # for torchrun to end it
+        run.communicate(timeout=300)
+    assert seen.startswith("error: rank 1 died or does not answer") and run.returncode != 0
 
 
 def worker(agent: int, rank: str) -> int:
@@ -485,7 +505,7 @@ def test_the_command_says_what_is_wrong_once(bases, chats, tmp_path):
     )
     assert alone.returncode == 1 and "start with torchrun --nproc-per-node N" in alone.stderr
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *arguments, "--ep_size", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.count("error: ep_size is 4; must divide the 2 ranks") == 1
     assert not (tmp_path / "run").exists()
@@ -533,7 +553,7 @@ def test_two_hosts_equal_one_process(runs, bases, chats, hosts, tmp_path):
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
         options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
         agents.append(subprocess.Popen([*command, "tests/ranks.py", str(tmp_path)], **options))
-    said = [agent.communicate(timeout=120)[1] for agent in agents]
+    said = [agent.communicate(timeout=300)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert errors(tmp_path, "hosts", 2) == [None, None]
     parts = [load_file(tmp_path / f"hosts.{rank}.safetensors") for rank in range(2)]
