@@ -462,7 +462,8 @@ def plan_ranks(config: TrainConfig, counts: list[int], ep_size: int | None) -> s
 
     def rehearse(base: ModelConfig, expert_cfg: dict | None) -> list[Rehearsal]:
         E = base.n_routed_experts
-        return [Rehearsal(count, ep_size or count, E, expert_cfg) for count in counts]
+        sizes = [count if ep_size is None else ep_size for count in counts]
+        return [Rehearsal(count, size, E, expert_cfg) for count, size in zip(counts, sizes)]
 
     return plan(config, rehearse, exchange_lines)
 
@@ -511,9 +512,12 @@ def exchange_lines(config: TrainConfig, base: ModelConfig, columns: list[Rehears
         f"x {base.hidden_size} x {size} bytes: one way": map(size_text, way),
         f"x {ways} ways: a layer and micro-batch": [size_text(n * ways) for n in way],
         f"x {layers} layers x micro-batches: a step": map(size_text, step),
-        f"arithmetic of a step at {FLOPS / 1e12:.0f} TFLOP/s": [f"{s:.2f} s" for s in seconds],
     }
-    for name, speed in LINKS.items():
+    on_gpus = config.device.startswith("cuda")
+    if on_gpus:
+        shown = [f"{s:.2f} s" for s in seconds]
+        rows[f"arithmetic of a step at {FLOPS / 1e12:.0f} TFLOP/s"] = shown
+    for name, speed in LINKS.items() if on_gpus else ():
         taken = [n / speed / 1e9 for n in step]
         shown = [f"{t:.2f} s, {t / (t + s):.0%}" for t, s in zip(taken, seconds)]
         rows[f"exchange at {speed} GB/s ({name})"] = shown
@@ -521,8 +525,8 @@ def exchange_lines(config: TrainConfig, base: ModelConfig, columns: list[Rehears
     return [
         "",
         *(table_row(label, cells) for label, cells in rows.items()),
-        f"ways: tokens to their experts and back{again}, gradients to them and back; the",
-        "percentage is of exchange and arithmetic one after the other (shared experts overlap)",
+        f"ways: tokens to their experts and back{again}, gradients to them and back",
+        *(["%: of exchange and arithmetic in turns; shared experts overlap"] if on_gpus else []),
     ]
 
 
@@ -545,9 +549,11 @@ def train_ranks(arguments: argparse.Namespace, parallel: ExpertParallel) -> None
     """What each process does."""
     config = parallel.each(config_of, arguments)
     config.device = parallel.each(own_device, config.device)
-    parallel.form_groups(config, arguments.ep_size or parallel.world_size)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        config.overwrite = False  # torchrun starts again what has done steps already
+    ep_size = parallel.world_size if arguments.ep_size is None else arguments.ep_size
+    parallel.form_groups(config, ep_size)
+    # torchrun starts again what has done steps already; not every host counts that.
+    if any(parallel.all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
+        config.overwrite = False
     results = train(config, parallel)
     if parallel.rank == 0:
         print_results(config, results, report(config))

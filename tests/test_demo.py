@@ -71,11 +71,15 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
         ["load.py"],
         ["demo_step.py"],
         ["compare_methods.py", "tune"],
+        ["expert_parallel.py"],
     ],
 )
 def test_benchmarks_run(command):
+    start = []
+    if command == ["expert_parallel.py"]:
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{command[0]}", *command[1:], "--tiny"],
+        [sys.executable, *start, f"benchmarks/{command[0]}", *command[1:], "--tiny"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -181,6 +181,7 @@ def test_what_ranks_exchange_by_hand():
         gradient_accumulation_steps=8,
         gradient_checkpointing=False,
         dtype="bfloat16",
+        device="cuda",
     )
     base = training.ModelConfig(**V2_LITE)
     # Forward and backward of the linear layers, and 0.57 GFLOP of attention, 2.5 times in backward.
