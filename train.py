@@ -676,7 +676,9 @@ def damage(directory: Path, parallel) -> str | None:
         names = parallel.first(lambda: sorted(path.name for path in directory.iterdir()))
     except (ValueError, OSError) as error:
         return str(error)
-    for name in "state.json", *(hashes if isinstance(hashes, dict) else ()):
+    if not isinstance(hashes, dict):
+        return f"{directory}/sha256.json: must be a JSON object"
+    for name in ("state.json", *hashes):
         if name not in names:
             return f"{directory / name}: is missing"
     found = None

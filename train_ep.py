@@ -225,7 +225,10 @@ def split_experts(
     the others. Raises ValueError if there are no equal parts."""
     E = model.config.n_routed_experts
     if E % size:
-        raise ValueError(f"ep_size is {size}; must divide n_routed_experts ({E})")
+        raise ValueError(
+            f"ep_size is {size}; must divide n_routed_experts ({E}). It is the number of ranks, "
+            "unless --ep_size says less: 1 puts all experts on every rank"
+        )
     if size > 1:
         for block in model.model.layers:
             if isinstance(block.mlp, MoE):
@@ -442,9 +445,12 @@ class Rehearsal(SingleProcess):
     evenly."""
 
     def __init__(self, world_size: int, ep_size: int, E: int, expert_cfg: dict | None):
+        if world_size < 1:
+            raise ValueError(f"--plan {world_size}: at least 1 rank is required")
         if ep_size < 1 or world_size % ep_size or E % ep_size:
             raise ValueError(
-                f"ep_size is {ep_size}; must divide {world_size} ranks and {E} experts of a layer"
+                f"--plan {world_size}: ep_size is {ep_size}; must divide the number of ranks and "
+                f"the {E} experts of a layer"
             )
         self.world_size, self.ep_size = world_size, ep_size
         trained = [0] * ep_size
@@ -538,9 +544,7 @@ def own_device(device: str) -> str:
         return device
     number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= count:
-        raise ValueError(
-            f"LOCAL_RANK is {number}, but there are {count} GPUs; start a process each"
-        )
+        raise ValueError(f"device is cuda, for process {number} of a host with {count} GPUs")
     torch.cuda.set_device(number)
     return f"cuda:{number}"
 
@@ -554,6 +558,8 @@ def train_ranks(arguments: argparse.Namespace, parallel: ExpertParallel) -> None
     # torchrun starts again what has done steps already; not every host counts that.
     if any(parallel.all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
         config.overwrite = False
+    replicas = f", {parallel.replicas} replicas of them" if parallel.replicas > 1 else ""
+    print(f"{parallel.world_size} ranks; the experts of a layer are on {ep_size}{replicas}")
     results = train(config, parallel)
     if parallel.rank == 0:
         print_results(config, results, report(config))
@@ -622,7 +628,7 @@ def end(error: BaseException, parallel: ExpertParallel | None) -> int:
     # torchrun's SIGTERM may come first; all ranks agree on a step to stop after.
     if lost or (status == 130 and " after step " not in str(error)):
         if fate := parallel.fate_of_others():
-            message, status = f"error: {fate}. All ranks end; the same command goes on", 1
+            message, status = f"error: {fate}. All ranks end; run again, the command continues", 1
         message = message or f"error: {error}"
     elif not message or isinstance(error, torch.OutOfMemoryError):
         # Of this rank alone: the others will miss it.
