@@ -1,0 +1,42 @@
+"""Blocks through torch.compile: a few graphs serve all layers of a model."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from fast.experts import experts_grouped, trained_prefix, trained_stacks
+from model import Block, MoE, RunBlock, Transformer
+
+
+@cache
+def compiled_block(tuned: bool) -> Callable:
+    """Returns `Block.forward`, compiled for each shape: one graph for dense and one for MoE layers.
+    Training adds two: for layers before the first trained expert, and for the first layer with one.
+    `tuned` lets the compiler try several sizes for each kernel, for half a minute more."""
+    # Each shape needs a graph. Beyond torch's limit of 8, blocks would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    options = {"coordinate_descent_tuning": True} if tuned else None
+    return torch.compile(Block.forward, dynamic=False, options=options)
+
+
+def compiled_blocks(model: Transformer, tokens: int | None = None) -> RunBlock:
+    """Returns a `run_block` that runs compiled blocks. In training make a new one for each forward
+    pass, since it knows which experts are trained now. `tokens` is how many a decoding step has."""
+    moes = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
+    stacked = {moe: moe.experts for moe in moes if moe.run_experts is experts_grouped}
+    whole = {moe: experts for moe, experts in stacked.items() if experts.is_whole}
+    # One length for all layers, so that one graph serves all.
+    length = max(map(trained_prefix, whole.values()), default=0)
+    # Tuning makes a decoding step a tenth faster if it reads some of a layer's experts only.
+    few = tokens is not None and all(
+        tokens * moe.config.num_experts_per_tok < moe.config.n_routed_experts for moe in moes
+    )
+    compiled = compiled_block(tuned=few)
+
+    def run_block(block: Block, *args):
+        if block.mlp in whole:  # made here, outside of the graph, while the GPU works
+            whole[block.mlp].trained = trained_stacks(whole[block.mlp], length)
+        return compiled(block, *args)
+
+    return run_block

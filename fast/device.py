@@ -1,0 +1,38 @@
+"""What counts as a GPU, and as a step of few tokens, in fast/."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Up to this number of tokens a step waits for the weights of the experts, not for arithmetic.
+FEW_TOKENS = 128
+
+_meta_is_gpu = False
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda or (x.is_meta and _meta_is_gpu)
+
+
+@contextmanager
+def meta_as_gpu(like_gpu: bool) -> Iterator[None]:
+    """Lets tensors on the meta device take the GPU's path, if `like_gpu`, for a plan."""
+    global _meta_is_gpu
+    before, _meta_is_gpu = _meta_is_gpu, like_gpu
+    try:
+        yield
+    finally:
+        _meta_is_gpu = before
+
+
+def stays_on_device(x: Tensor) -> bool:
+    """Whether code may not read values of x on the host: that waits for a GPU, and ends a graph."""
+    return on_gpu(x) or torch.compiler.is_compiling()
+
+
+def compiling_for_few(x: Tensor) -> bool:
+    """Whether torch.compile traces this code for few tokens x (N, ...), as in decoding. Comparisons
+    and sums that melt into one kernel then beat the library's kernels."""
+    return torch.compiler.is_compiling() and len(x) <= FEW_TOKENS
