@@ -1,0 +1,137 @@
+"""Tensors in safetensors files: where each lies, and how it is read straight to its place, FP8 in
+blocks included. Which tensors belong to a checkpoint is in checkpoint.py."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+READ_BYTES = 2**23  # what one thread reads and converts at a time
+
+
+@dataclass
+class StoredTensor:
+    """Where a safetensors file holds a tensor, or a part of one. Data are read when asked for."""
+
+    path: Path
+    name: str
+    dtype: str  # a key of DTYPES, or a dtype that is not supported
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    scale: "StoredTensor | None" = None  # FP8 weights have one factor a block
+    block: tuple[int, int] = (0, 0)  # rows and columns of an FP8 block
+
+    def check(self, shape, dtypes: tuple[str, ...] = ("BF16", "F16", "F32")) -> None:
+        """Raises ValueError for another shape, or a dtype that is none of `dtypes`."""
+        where = f"{self.path}: tensor {self.name}"
+        if self.shape != tuple(shape):
+            raise ValueError(
+                f"{where} has shape {list(self.shape)}; the config asks for {list(shape)}"
+            )
+        if self.dtype not in dtypes and self.scale is None:
+            raise ValueError(f"{where} is {self.dtype}; supported: {', '.join(dtypes)}")
+
+    def part(self, skipped: int, shape: tuple[int, ...]) -> "StoredTensor":
+        """Returns the tensor of that shape that begins `skipped` elements later."""
+        size = DTYPES[self.dtype].itemsize
+        return replace(self, shape=shape, offset=self.offset + skipped * size)
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        """Returns the stored values, in the stored dtype, on the CPU. `out`, if given, is a
+        contiguous tensor of that shape and dtype that receives them."""
+        if out is None:
+            out = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            while view:
+                if not (count := file.readinto(view)):
+                    raise ValueError(f"{self.path}: ends within tensor {self.name}")
+                view = view[count:]
+        return out
+
+    def copy_to(self, target: Tensor, buffer: Tensor | None = None) -> None:
+        """Fills `target`, on any device and in any dtype, by blocks of rows. FP8 weights are
+        multiplied by their scales in float32. `buffer` is uint8 memory to read into."""
+        if not self.shape or 0 in self.shape:  # one number, or none
+            target.copy_(self.read())
+            return
+        rows, width = self.shape[0], math.prod(self.shape[1:])
+        row_bytes = width * DTYPES[self.dtype].itemsize
+        step = max(READ_BYTES // row_bytes, 1)
+        scale = None
+        if self.scale is not None:
+            step = max(step // (4 * self.block[0]), 1) * self.block[0]  # float32 is 4 times FP8
+            scale = self.scale.read()
+            if not (scale.isfinite() & (scale >= 0)).all():
+                raise ValueError(
+                    f"{self.scale.path}: tensor {self.scale.name} holds a scale that is negative "
+                    "or not finite"
+                )
+            scale = scale.to(target.device)
+        in_place = target.dtype == DTYPES[self.dtype] and target.device.type == "cpu"
+        for first in range(0, rows, step):
+            shape = (min(step, rows - first), *self.shape[1:])
+            stored = self.part(first * width, shape)
+            goal = target[first : first + step]
+            if in_place:
+                stored.read(goal)
+                continue
+            size = shape[0] * row_bytes
+            fits = buffer is not None and size <= len(buffer)
+            memory = buffer[:size] if fits else torch.empty(size, dtype=torch.uint8)
+            values = stored.read(memory.view(DTYPES[self.dtype]).view(shape)).to(target.device)
+            if scale is not None:
+                start = first // self.block[0]
+                values = dequantise(values, scale[start:], self.block)
+            goal.copy_(values)
+
+
+def dequantise(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """values (rows, columns) in FP8 times scale -> float32 (rows, columns). `scale` has one factor
+    for each block of block[0] x block[1], the last ones cut off.
+
+    Files call the factor `weight_scale_inv`, but weights are multiplied by it."""
+    rows, columns = values.shape
+    high, wide = min(block[0], rows), min(block[1], columns)
+    factors = scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)
+    return values.float().mul_(factors[:, :columns])
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except OSError as error:  # the library does not name the file
+        raise OSError(f"{path}: {error}") from None
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Returns what a safetensors file holds. Raises ValueError that names the file."""
+    with open_tensors(path):  # the library checks the header: sizes, gaps, the file's end
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: StoredTensor(
+            path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
