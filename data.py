@@ -1,21 +1,25 @@
-"""JSON lines -> token ids and labels -> packed rows -> batches that are a pure function of (data,
-seed, step).
+"""JSON lines -> token ids and labels -> packed rows -> the rows of a step; and padded batches for
+scoring and evaluation. The tasks of evaluations are in tasks/.
 
-A sample is a pair (input_ids, labels) of equally long lists. Labels stand at the position of their
-own token (the loss shifts them by one) and are IGNORE where nothing is learned."""
+A sample is a pair (input_ids, labels) of equally long lists. A label stands at the position of its
+own token (the loss shifts them by one). It is IGNORE where nothing is learned.
+"""
 
 import gzip
-import json
+import math
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
 from torch import Tensor
+
+from files import parse_json, read_json
 
 IGNORE = -100  # the label that torch.nn.functional.cross_entropy passes over
 
@@ -27,29 +31,22 @@ class ChatFormat:
     """What surrounds the contents of a conversation. An end of sequence follows each answer."""
 
     system: str
-    user: str  # with what asks for the answer
+    user: str  # ends with the words that ask for the answer
     answer: str
     special_tokens: tuple[str, ...] = ()
 
 
-# V2's is the paper's, too, and that of DeepSeekMoE-16B-chat; V3's is that of V3 and R1.
-CHAT_FORMATS = {
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+CHAT_FORMATS = {  # model_type -> its format; the paper and DeepSeekMoE-16B-chat use V2's, R1 V3's
     "deepseek_v2": ChatFormat("{}\n\n", "User: {}\n\nAssistant:", " {}"),
-    "deepseek_v3": ChatFormat(
-        "{}", "<｜User｜>{}<｜Assistant｜>", "{}", ("<｜User｜>", "<｜Assistant｜>")
-    ),
-}
-FORMAT_OF_MODEL_TYPE = {
-    "deepseek": "deepseek_v2",
-    "deepseek_v2": "deepseek_v2",
-    "deepseek_v3": "deepseek_v3",
+    "deepseek_v3": ChatFormat("{}", USER + "{}" + ASSISTANT, "{}", (USER, ASSISTANT)),
 }
 
 
 @dataclass
 class Tokenizer:
-    """A checkpoint's tokenizer with the ids of its begin and end of sequence, and the format of its
-    conversations, a key of CHAT_FORMATS."""
+    """A checkpoint's tokenizer, the ids of its begin and end of sequence, and a key of
+    CHAT_FORMATS."""
 
     inner: tokenizers.Tokenizer
     bos_id: int
@@ -64,19 +61,19 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
-    """Reads tokenizer.json, and from tokenizer_config.json which tokens begin and end a sequence
-    (strings or objects with "content"). `chat_format`: a key of CHAT_FORMATS; empty: that of the
-    model_type in config.json. Raises FileNotFoundError or ValueError that names file and field."""
+    """Returns the tokenizer of a checkpoint. tokenizer_config.json says which tokens begin and end
+    a sequence. If `chat_format` is empty, the model_type in config.json decides. Raises
+    FileNotFoundError or ValueError that names file and field."""
     directory = Path(directory)
     path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    if tiktoken := [p for p in sorted(directory.glob("*")) if "tiktoken" in p.name]:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; {tiktoken[0].name} is a tiktoken file, which is not read. "
-                "Convert it once, with the pattern and special tokens of the checkpoint's own "
-                "tokenizer code: transformers.integrations.tiktoken.convert_tiktoken_to_fast("
-                f"tiktoken.Encoding(...), {str(directory)!r})"
-            )
+    tiktoken = sorted(directory.glob("*tiktoken*"))
+    if tiktoken and not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; {tiktoken[0].name} is a tiktoken file, which is not read. "
+            "Convert it once, with the pattern and special tokens of the checkpoint's own "
+            "tokenizer code: transformers.integrations.tiktoken.convert_tiktoken_to_fast("
+            f"tiktoken.Encoding(...), {str(directory)!r})"
+        )
     for needed in (path, config_path):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed}: no such file")
@@ -86,7 +83,7 @@ def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer file: {error}") from None
     inner.no_padding()
     inner.no_truncation()
-    config = parse_json(config_path.read_text(encoding="utf-8"), str(config_path))
+    config = read_json(config_path)
     if not isinstance(config, dict):
         raise ValueError(f"{config_path}: must be a JSON object")
     ids = []
@@ -95,40 +92,23 @@ def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         number = inner.token_to_id(token) if isinstance(token, str) else None
         if number is None:
-            raise ValueError(
-                f"{config_path}: {field} is {config.get(field)!r}; must be a token of {path.name}"
-            )
+            found = f"{field} is {config.get(field)!r}"
+            raise ValueError(f"{config_path}: {found}; must be a token of {path.name}")
         ids.append(number)
-    model_config = directory / "config.json"
-    if model_config.is_file():
-        raw = parse_json(model_config.read_text(encoding="utf-8"), str(model_config))
-        if inner.get_vocab_size() > raw["vocab_size"]:
-            raise ValueError(
-                f"{path}: has {inner.get_vocab_size()} tokens; vocab_size is {raw['vocab_size']}"
-            )
-        chat_format = chat_format or FORMAT_OF_MODEL_TYPE[raw["model_type"]]
-    return Tokenizer(inner, *ids, chat_format or "deepseek_v2")
-
-
-# ------------------------------------------------------------------------------------------
-# Rows
-
-
-def parse_json(text: str, where: str):
-    """The value of a JSON text. Raises ValueError that starts with `where`."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}: " if error.lineno > 1 else ""
-        raise ValueError(f"{where}: {line}not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    raw = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    count, most = inner.get_vocab_size(), raw.get("vocab_size", math.inf)
+    if count > most:
+        raise ValueError(f"{path}: has {count} tokens; vocab_size is {most}")
+    family = raw.get("model_type", "deepseek")
+    chat_format = chat_format or {"deepseek": "deepseek_v2"}.get(family, family)
+    if chat_format not in CHAT_FORMATS:
+        raise ValueError(f"chat_format is {chat_format!r}; must be {', '.join(CHAT_FORMATS)}")
+    return Tokenizer(inner, *ids, chat_format)
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """(where, row) for every row of a file of JSON lines or of one JSON array, as it is or with
-    gzip (NAME.gz); `where` names file and line for error messages. Raises FileNotFoundError, or
-    ValueError for a row that is not an object."""
+    """Returns (where, row) for every row of a file of JSON lines or of one JSON array, plain or
+    compressed with gzip (NAME.gz). `where` names file and line. Raises OSError or ValueError."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; a data file is required")
@@ -157,8 +137,16 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
 
 
 def is_text(value) -> bool:
-    """Whether a value is a string that can be written; JSON can carry half a surrogate pair."""
+    """Returns whether a value is a string that can be written, without half a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+class Piece(NamedTuple):
+    """A part of a sample."""
+
+    text: str
+    is_answer: bool = False  # then an end of sequence follows
+    is_learned: bool = False
 
 
 def text_field(row: dict, field: str, where: str) -> str:
@@ -167,44 +155,38 @@ def text_field(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def chat_pieces(
-    messages: list[dict], chat_format: str, where: str = "messages"
-) -> list[tuple[str, bool, bool]]:
-    """(text, is it an answer, is it learned) for each message: a system message, if there is one,
-    then questions and answers; contents stripped. `"mask": 1` on an answer leaves it out of the
-    loss. Raises ValueError that names row and field."""
+def chat_pieces(messages: list[dict], chat_format: str, where: str = "messages") -> list[Piece]:
+    """Returns a piece for each message, with contents stripped. A system message may come first;
+    then come questions and answers. `"mask": 1` leaves an answer out of the loss. Raises ValueError
+    that names row and field."""
     form = CHAT_FORMATS[chat_format]
     if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"{where}: field messages is {messages!r:.60}; a list of messages is required"
-        )
+        found = f"field messages is {messages!r:.60}"
+        raise ValueError(f"{where}: {found}; a list of messages is required")
     pieces = []
     for i, message in enumerate(messages):
         here = f"{where}: messages[{i}]"
         if not isinstance(message, dict):
-            raise ValueError(
-                f"{here} is {message!r:.60}; an object with role and content is required"
-            )
+            found = f"{here} is {message!r:.60}"
+            raise ValueError(f"{found}; an object with role and content is required")
         role, content = message.get("role"), text_field(message, "content", here).strip()
         if role == "user":
-            pieces.append((form.user.format(content), False, False))
+            pieces.append(Piece(form.user.format(content)))
         elif role == "system":
             if i > 0:
                 raise ValueError(f"{here}: field role is 'system'; only the first message may be")
-            pieces.append((form.system.format(content), False, False))
+            pieces.append(Piece(form.system.format(content)))
         elif role == "assistant":
             if not content:
                 raise ValueError(f"{here}: field content is empty; an answer is required")
             if message.get("mask", 0) not in (0, 1):
                 raise ValueError(f"{here}: field mask is {message['mask']!r}; must be 0 or 1")
-            pieces.append((form.answer.format(content), True, message.get("mask", 0) != 1))
+            pieces.append(Piece(form.answer.format(content), True, message.get("mask", 0) != 1))
         else:
             raise ValueError(f"{here}: field role is {role!r}; must be system, user or assistant")
-    if not pieces[-1][1]:
-        raise ValueError(
-            f"{where}: messages end with role {messages[-1]['role']}; the answer, role assistant, "
-            "is missing"
-        )
+    if not pieces[-1].is_answer:
+        end = f"messages end with role {messages[-1]['role']}"
+        raise ValueError(f"{where}: {end}; the answer, role assistant, is missing")
     return pieces
 
 
@@ -218,52 +200,71 @@ def check_chat_tokens(tokenizer: Tokenizer, what: str) -> None:
             )
 
 
-def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[tuple[str, bool, bool]]:
-    """The pieces of a row of `messages`, or of `prompt` and `completion`: text that stands as it
-    is, in whatever format it carries, of which the completion is learned."""
+def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[Piece]:
+    """Returns the pieces of a row of `messages`, or of `prompt` and `completion`, which are taken
+    as they are."""
     if "messages" in row:
         check_chat_tokens(tokenizer, f"{where}: messages")
         return chat_pieces(row["messages"], tokenizer.chat_format, where)
     if "prompt" not in row:
         raise ValueError(f"{where}: field messages (or prompt and completion) is missing")
     if "raw_answers" in row:
-        raise ValueError(
-            f"{where}: field completion is missing; this looks like an evaluation file"
-        )
+        raise ValueError(f"{where}: field completion is missing: looks like an evaluation file")
     prompt, completion = text_field(row, "prompt", where), text_field(row, "completion", where)
     if not completion.strip():
         raise ValueError(f"{where}: field completion is empty; an answer is required")
-    return [(prompt, False, False), (completion, True, True)]
-
-
-def join_pieces(
-    pieces: list[tuple[str, bool, bool]], ids: Iterable[list[int]], tokenizer: Tokenizer
-) -> Sample:
-    """The begin of sequence is learned (as in the original code; alone in a row it predicts
-    nothing, but packed behind another sample it is predicted)."""
-    input_ids, labels = [tokenizer.bos_id], [tokenizer.bos_id]
-    for (_, is_answer, is_learned), piece in zip(pieces, ids, strict=True):
-        piece = piece + [tokenizer.eos_id] if is_answer else piece
-        input_ids += piece
-        labels += piece if is_learned else [IGNORE] * len(piece)
-    return input_ids, labels
+    return [Piece(prompt), Piece(completion, True, True)]
 
 
 def encode_chat(messages: list[dict], tokenizer: Tokenizer) -> Sample:
-    """(input_ids, labels) of one conversation: see `chat_pieces` for the format and the errors."""
-    pieces = chat_pieces(messages, tokenizer.chat_format)
-    return join_pieces(pieces, tokenizer.encode_all([text for text, *_ in pieces]), tokenizer)
+    """Returns (input_ids, labels) of a conversation; see `chat_pieces` for format and errors."""
+    return encode_pieces([chat_pieces(messages, tokenizer.chat_format)], tokenizer)[0]
 
 
 def encode_file(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
-    """All rows of a data file as samples. Every row is checked before the first is encoded."""
+    """Returns all rows of a data file as samples. Checks every row before it encodes the first."""
     rows = [row_pieces(row, tokenizer, where) for where, row in read_rows(path)]
-    ids = iter(tokenizer.encode_all([text for pieces in rows for text, *_ in pieces]))
-    return [join_pieces(pieces, [next(ids) for _ in pieces], tokenizer) for pieces in rows]
+    return encode_pieces(rows, tokenizer)
 
 
-# ------------------------------------------------------------------------------------------
-# Packed rows for training
+def encode_pieces(rows: list[list[Piece]], tokenizer: Tokenizer) -> list[Sample]:
+    """Returns a sample for each row of pieces. The begin of sequence is learned, as in the original
+    code: it is predicted where the sample stands behind another one in a packed row."""
+    all_ids = iter(tokenizer.encode_all([piece.text for pieces in rows for piece in pieces]))
+    samples = []
+    for pieces in rows:
+        input_ids, labels = [tokenizer.bos_id], [tokenizer.bos_id]
+        for piece in pieces:
+            ids = next(all_ids) + ([tokenizer.eos_id] if piece.is_answer else [])
+            input_ids += ids
+            labels += ids if piece.is_learned else [IGNORE] * len(ids)
+        samples.append((input_ids, labels))
+    return samples
+
+
+class Rows(NamedTuple):
+    """Packed rows, int64 (rows, seq_length) each. A token's document is the number of its sample;
+    padding comes last and has the number of samples as its document."""
+
+    tokens: Tensor
+    labels: Tensor
+    documents: Tensor
+
+    def take(self, rows) -> "Rows":
+        return Rows(*(column[rows] for column in self))
+
+    def split(self, size: int) -> list["Rows"]:
+        return [Rows(*part) for part in zip(*(column.split(size) for column in self))]
+
+    def unlearned(self) -> "Rows":
+        """Returns the same rows with nothing to learn from them."""
+        return self._replace(labels=torch.full_like(self.labels, IGNORE))
+
+    @property
+    def learned(self) -> Tensor:
+        """How many labels of each row count (rows,). The first of a row never does: no token stands
+        before it to predict it."""
+        return (self.labels[:, 1:] != IGNORE).sum(1)
 
 
 def pack(
@@ -273,18 +274,14 @@ def pack(
     pad_id: int,
     seed: int,
     document_mask: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples, in their order, joined into rows: tokens, labels and documents, int64 (rows,
-    seq_length). A token's document is the number of its sample in `samples`; padding comes last and
-    is document len(samples).
+) -> Rows:
+    """Returns the samples, in their order, joined into rows, the paper's way. A sample that does
+    not fit into what is left of a row loses its head, not its tail. With probability
+    `random_concat_ratio` a sample that joins others loses its first token. The last row is padded.
 
-    The paper's way: a sample that does not fit into what is left of a row loses its head, not its
-    tail; with probability `random_concat_ratio` a sample that joins others loses its first token;
-    samples see those before them in the row; the last row is padded. With `document_mask`, for
-    samples that do not see each other, the first token of each is not learned: nothing before it
-    could predict it."""
-    draw = random.Random(seed)
-    rows: list[tuple[list[int], list[int], list[int]]] = []
+    With `document_mask` samples do not see each other. Then the first token of each is not learned:
+    nothing before it could predict it."""
+    draw, rows = random.Random(seed), []
     tokens, labels, documents = [], [], []
     for number, (input_ids, targets) in enumerate(samples):
         room = seq_length - len(tokens)
@@ -296,18 +293,14 @@ def pack(
         tokens, labels = tokens + input_ids, labels + targets
         documents = documents + [number] * len(input_ids)
         if len(tokens) == seq_length:
-            rows.append((tokens, labels, documents))
+            rows.append(torch.tensor([tokens, labels, documents]))
             tokens, labels, documents = [], [], []
     if tokens:
-        padding = seq_length - len(tokens)
-        rows.append(
-            (
-                tokens + [pad_id] * padding,
-                labels + [IGNORE] * padding,
-                documents + [len(samples)] * padding,
-            )
-        )
-    return tuple(torch.tensor(column) for column in zip(*rows))
+        rest = seq_length - len(tokens)
+        tokens, labels = tokens + [pad_id] * rest, labels + [IGNORE] * rest
+        documents = documents + [len(samples)] * rest
+        rows.append(torch.tensor([tokens, labels, documents]))
+    return Rows(*torch.stack(rows, dim=1))
 
 
 @lru_cache(maxsize=2)
@@ -318,25 +311,27 @@ def epoch_order(n_rows: int, seed: int, epoch: int) -> list[int]:
 
 
 def rows_of_step(n_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The row numbers of step `step` (from 0): each epoch goes once through all rows, in its own
-    order."""
+    """Returns the row numbers of step `step` (from 0). Each epoch has its own order of all rows."""
     places = range(step * batch_size, (step + 1) * batch_size)
     return [epoch_order(n_rows, seed, place // n_rows)[place % n_rows] for place in places]
 
 
-# ------------------------------------------------------------------------------------------
-# Padded rows for scoring and evaluation
+def micro_batches(count: int, size: int, rank: int, world_size: int) -> list[range]:
+    """Returns which of a step's `count` rows belong to a rank: every world_size-th row, in
+    micro-batches of up to `size`. All ranks have as many micro-batches, so some may be empty."""
+    mine, most = range(rank, count, world_size), math.ceil(count / world_size)
+    return [mine[first : first + size] for first in range(0, most, size)]
 
 
 def pad(sequences: list[list[int]], value: int) -> Tensor:
-    """int64 (B, longest), padded at the end."""
+    """Returns the sequences as int64 (B, longest), padded at the end."""
     longest = max(map(len, sequences))
     return torch.tensor([sequence + [value] * (longest - len(sequence)) for sequence in sequences])
 
 
 def by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Groups of indices, longest first, each of at most `max_tokens` with its padding (or of one
-    index)."""
+    """Yields groups of indices, the longest sequences first. A group has at most `max_tokens` with
+    its padding, or it is a single index."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if group and (len(group) + 1) * lengths[group[0]] > max_tokens:
@@ -350,8 +345,8 @@ def by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
 def sample_tokens(
     samples: list[Sample], n_tokens: int, max_length: int, seed: int
 ) -> list[list[int]]:
-    """The input_ids of randomly drawn samples, each cut to its first `max_length` tokens, until
-    they hold `n_tokens` or none is left."""
+    """Returns the input_ids of randomly drawn samples, each cut to its first `max_length` tokens,
+    until they hold `n_tokens` tokens or no sample is left."""
     order = list(range(len(samples)))
     random.Random(seed).shuffle(order)
     drawn, total = [], 0

@@ -1,39 +1,47 @@
-"""Which experts does a task use: scores -> selection -> expert_cfg.json (ESFT, arXiv 2407.01906,
-section 3).
+"""Which experts a task uses: scores -> selection -> expert_cfg.json (ESFT, arXiv 2407.01906,
+section 3). Which parameters that makes trainable is in adapter.py.
 
-Scores have the published shape, layer ids absolute:
+A score file has the published shape, with absolute layer ids:
 {"token_scores": {"1": {"0": 0.0101, ...}, ...}, "gate_scores": {...}}.
+A new score is an entry of SCORES, a new selection rule an entry of SELECTIONS.
 """
 
 import argparse
 import importlib.util
 import os
 import random
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import choose_dtype, load_model, local_directory, read_config
+from config import Keys, add_keys, key, read_keys
 from data import CHAT_FORMATS, by_length, encode_file, load_tokenizer, pad, sample_tokens
-from model import (
-    ModelConfig,
-    Routing,
-    Transformer,
-    check_output_file,
-    choose_dtype,
-    load_model,
-    local_directory,
-    read_json,
-    write_json,
-)
+from files import check_output_file, read_json, write_json
+from model import Routing, Transformer
+from processes import SingleProcess, meet
 
-DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}  # the paper's, for each score
-SELECTIONS = ("highest", "lowest", "random")
-Scores = dict[str, dict[str, dict[str, float]]]
+Scores = dict[str, dict[str, dict[str, float]]]  # as in a score file
+Experts = dict[str, list[int]]  # layer -> the selected experts
+
+
+class Score(NamedTuple):
+    default_top_p: float  # the paper's
+    # The gates of the chosen experts (N, K) -> what each of them adds to its expert's score.
+    of_gates: Callable[[Tensor], Tensor]
+    per_slot: bool  # whether the sum is divided by K, a token's number of experts
+
+
+SCORES = {
+    "token": Score(0.2, torch.ones_like, per_slot=True),  # r_i of eq. 6
+    "gate": Score(0.1, lambda gates: gates, per_slot=False),  # g_i of eq. 5
+}
+BATCH_TOKENS = 16384  # in a batch that is scored, with padding
 
 
 @torch.no_grad()
@@ -41,29 +49,28 @@ def collect_scores(
     model: Transformer,
     batches: Iterable[tuple[Tensor, Tensor]],
     average: str = "tokens",
-    sum_ranks: Callable[[Tensor], Tensor] = lambda total: total,
+    ranks: SingleProcess = SingleProcess(),
 ) -> Scores:
-    """Both scores of every routed expert. A batch is tokens (B, T) and lengths (B,), padding at the
-    end; both on the CPU. `sum_ranks` adds up a tensor on the CPU over processes that have other
-    batches each.
+    """Returns all SCORES of every routed expert. A batch is tokens (B, T) and lengths (B,), both on
+    the CPU, with padding at the end. Each of `ranks` has other batches.
 
-    gate score g_i = 1/Ns sum_j 1/L_j sum_t g_i(t), token selection ratio r_i the same with 1(g_i(t)
-    > 0) / K in place of the gate (ESFT, eq. 5 and 6): the mean over the tokens of a sample, then
-    over samples (`average` "samples"); "tokens" pools the tokens of all samples, as the published
-    scores do. The gate is what the router gives, before routed_scaling_factor."""
-    config = model.config
-    device, shape = model.lm_head.weight.device, (config.num_hidden_layers, 2)
-    totals = torch.zeros(*shape, config.n_routed_experts, dtype=torch.float64, device=device)
-    part = None  # of each token of the batch at hand in its mean (N,), set in the loop below
+    The gate score is g_i = 1/Ns sum_j 1/L_j sum_t g_i(t). The token selection ratio r_i has
+    1(g_i(t) > 0) / K in place of the gate (ESFT, eq. 5 and 6). That is `average` "samples".
+    "tokens" pools the tokens of all samples, as the published scores do. The gate is what the
+    router gives, before routed_scaling_factor."""
+    config, device = model.config, model.lm_head.weight.device
+    shape = (config.num_hidden_layers, len(SCORES), config.n_routed_experts)
+    totals = torch.zeros(shape, dtype=torch.float64, device=device)
+    part = None  # how much each token of the batch at hand counts (N,), set in the loop below
     count = 0.0  # tokens, or samples
 
     def watch(layer: int, routing: Routing) -> None:
         weights, indices = routing  # (N, K)
         gates = weights / config.routed_scaling_factor if config.scales_gates else weights
-        for total, values in zip(totals[layer], (torch.ones_like(gates), gates)):
-            # A product instead of sums into E places: the same bits each time, on a GPU, too.
+        for total, score in zip(totals[layer], SCORES.values()):
+            # A product instead of sums into E places: the same bits each time, also on a GPU.
             chosen = part.new_zeros(len(part), config.n_routed_experts)
-            total += part @ chosen.scatter_(1, indices, values.double())
+            total += part @ chosen.scatter_(1, indices, score.of_gates(gates).double())
 
     for tokens, lengths in batches:
         valid = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
@@ -71,143 +78,155 @@ def collect_scores(
         part = (valid * weight[:, None].double()).flatten().to(device)
         model.hidden_states(tokens.to(device), watch=watch)
         count += len(lengths) if average == "samples" else lengths.sum().item()
-    totals, count = sum_ranks(totals.cpu()), sum_ranks(torch.tensor(count, dtype=torch.float64))
-    totals[:, 0] /= config.num_experts_per_tok  # up to here whole numbers, in any order the same
-    scores: Scores = {"token_scores": {}, "gate_scores": {}}
-    for layer, total in enumerate((totals / count).tolist()):
-        for name, row in zip(scores, total):
-            if config.is_moe(layer):
-                scores[name][str(layer)] = {str(e): value for e, value in enumerate(row)}
-    return scores
-
-
-def select(scores: Scores, score: str, top_p: float) -> dict[str, list[int]]:
-    """Layer -> the smallest set of highest-scored experts whose scores sum to at least `top_p`,
-    listed from the highest score down; of equal scores the lower id comes first (ESFT, eq. 7)."""
-    if score not in DEFAULT_TOP_P:
-        raise ValueError(f"score is {score!r}; must be token or gate")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; must be above 0 and at most 1")
-    experts = {}
-    for layer, values in scores[f"{score}_scores"].items():
-        ranked = sorted(
-            ((int(e), value) for e, value in values.items()), key=lambda item: (-item[1], item[0])
-        )
-        chosen, total = [], 0.0
-        for expert, value in ranked:
-            if (
-                total >= top_p - 1e-9
-            ):  # scores of four decimals that sum to p exactly do so in binary, too
-                break
-            chosen.append(expert)
-            total += value
-        experts[layer] = chosen
-    return experts
-
-
-def select_lowest(scores: Scores, score: str, experts: dict[str, list[int]]) -> dict:
-    """As many experts of each layer as `experts` names, from the lowest score up; of equal scores
-    the lower id comes first."""
-    ranked = {
-        layer: sorted(values, key=lambda e: (values[e], int(e)))
-        for layer, values in scores[f"{score}_scores"].items()
-    }
-    return {layer: [int(e) for e in ranked[layer][: len(experts[layer])]] for layer in experts}
-
-
-def select_random(scores: Scores, experts: dict[str, list[int]], seed: int) -> dict:
-    """As many experts of each layer as `experts` names, drawn at random."""
-    draw = random.Random(seed)
-    return {
-        layer: sorted(draw.sample(range(len(scores["token_scores"][layer])), len(chosen)))
-        for layer, chosen in experts.items()
-    }
-
-
-def choose(
-    scores: Scores, score: str, top_p: float, selection: str, seed: int
-) -> dict[str, list[int]]:
-    """`select`'s experts (`selection` "highest"), or a control of as many in each layer: "lowest",
-    or "random", the paper's."""
-    experts = select(scores, score, top_p)
-    if selection == "lowest":
-        return select_lowest(scores, score, experts)
-    if selection == "random":
-        return select_random(scores, experts, seed)
-    return experts
-
-
-def read_scores(path: str | Path) -> Scores:
-    """A score file. Raises ValueError that names the file and what is wrong."""
-    scores = read_json(path)
-    for name in ("token_scores", "gate_scores"):
-        layers = scores.get(name) if isinstance(scores, dict) else None
-        if not isinstance(layers, dict) or not layers:
-            raise ValueError(f'{path}: field {name} must be {{"LAYER": {{"EXPERT": SCORE}}}}')
-        experts = next(iter(layers.values()))
-        for layer, values in layers.items():
-            if not (
-                layer == f"{int(layer) if layer.isdecimal() else -1}"
-                and isinstance(values, dict)
-                and values.keys() == experts.keys() == set(map(str, range(len(values))))
-                and all(type(v) in (int, float) and 0 <= v <= 1 for v in values.values())
-            ):
-                raise ValueError(
-                    f"{path}: {name}: layer {layer!r} must map expert ids, the same in every "
-                    "layer, to scores from 0 to 1"
-                )
+    totals, count = ranks.sum(totals.cpu()), ranks.sum(torch.tensor(count, dtype=torch.float64))
+    scores: Scores = {}
+    for i, (name, score) in enumerate(SCORES.items()):
+        total = totals[:, i]
+        if score.per_slot:  # only now: sums of whole numbers are the same in any order
+            total = total / config.num_experts_per_tok
+        scores[f"{name}_scores"] = {
+            str(layer): {str(e): value for e, value in enumerate(row)}
+            for layer, row in enumerate((total / count).tolist())
+            if config.is_moe(layer)
+        }
     return scores
 
 
 def scoring_batches(
-    sequences: list[list[int]],
-    pad_id: int,
-    max_tokens: int = 16384,
-    rank: int = 0,
-    world_size: int = 1,
-):
-    """Batches for `collect_scores` of at most `max_tokens` tokens with padding, with a progress
-    bar; of several processes, those of one."""
-    groups = list(by_length([len(sequence) for sequence in sequences], max_tokens))
-    mine = groups[rank::world_size]
-    with tqdm(
-        total=sum(len(sequences[i]) for group in mine for i in group),
-        desc="score",
-        unit="token",
-        unit_scale=True,
-        leave=False,
-        disable=None,
-    ) as bar:
+    sequences: list[list[int]], pad_id: int, ranks: SingleProcess = SingleProcess()
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields this rank's batches for `collect_scores`, and shows a progress bar."""
+    groups = list(by_length([len(sequence) for sequence in sequences], BATCH_TOKENS))
+    mine = groups[ranks.rank :: ranks.world_size]
+    total = sum(len(sequences[i]) for group in mine for i in group)
+    options = dict(desc="score", unit="token", unit_scale=True, leave=False, disable=None)
+    with tqdm(total=total, **options) as bar:
         for group in mine:
             rows = [sequences[i] for i in group]
             yield pad(rows, pad_id), torch.tensor([len(row) for row in rows])
             bar.update(sum(map(len, rows)))
 
 
-def describe(experts: dict[str, list[int]], scores: Scores, score: str) -> str:
-    """A table: per layer, how many experts, which, and what part of the layer's score they hold."""
+def select(scores: Scores, score: str, top_p: float) -> Experts:
+    """Returns for each layer the smallest set of highest-scored experts whose scores sum to at
+    least `top_p`, from the highest score down (ESFT, eq. 7). Ties go to the lower id."""
+    experts = {}
+    for layer, values in scores[f"{score}_scores"].items():
+        chosen, total = [], 0.0
+        for e in sorted(values, key=lambda e: (-values[e], int(e))):
+            if total >= top_p - 1e-9:  # 0.1 + 0.1 + 0.1 holds 0.3, though not in binary
+                break
+            chosen.append(int(e))
+            total += values[e]
+        experts[layer] = chosen
+    return experts
+
+
+def highest(scores: Scores, config: "SelectionConfig") -> Experts:
+    return select(scores, config.score, config.top_p)
+
+
+def lowest(scores: Scores, config: "SelectionConfig") -> Experts:
+    """Returns as many experts of each layer as `highest`, from the lowest score up."""
+    experts = {}
+    for layer, chosen in highest(scores, config).items():
+        values = scores[f"{config.score}_scores"][layer]
+        ranked = sorted(values, key=lambda e: (values[e], int(e)))
+        experts[layer] = [int(e) for e in ranked[: len(chosen)]]
+    return experts
+
+
+def drawn(scores: Scores, config: "SelectionConfig") -> Experts:
+    """Returns as many experts of each layer as `highest`, drawn at random by `seed`."""
+    draw = random.Random(config.seed)
+    return {
+        layer: sorted(draw.sample(range(len(scores[f"{config.score}_scores"][layer])), len(chosen)))
+        for layer, chosen in highest(scores, config).items()
+    }
+
+
+SELECTIONS = {"highest": highest, "lowest": lowest, "random": drawn}
+PAPER = ", ".join(f"{score.default_top_p} for {name}" for name, score in SCORES.items())
+AVERAGES = ("tokens", "samples")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass
+class SelectionConfig(Keys):
+    """The keys with which experts are scored and selected, here and in train.py."""
+
+    model: str = key("", "base checkpoint: a directory or a hub name")
+    model_config: list[str] = key((), "FIELD=VALUE ...: changes to the base's config.json")
+    data: str = key("", "JSON lines with rows of messages, or of prompt and completion")
+    score: str = key("token", "how often an expert is chosen, or with what weight", choices=SCORES)
+    top_p: float | None = key(None, f"part of the score (default: {PAPER})", above=0, at_most=1)
+    selection: str = key("highest", "which experts; lowest, random: controls", choices=SELECTIONS)
+    average: str = key("tokens", "mean over tokens, or (paper) over samples", choices=AVERAGES)
+    n_sample_tokens: int = key(131072, "tokens to score on", at_least=1)
+    seq_length: int = key(4096, "tokens of a packed row; samples are cut to it", at_least=2)
+    shared_experts: bool = key(False, "train the shared experts, too")
+    non_expert_modules: bool = key(False, "train attention, norms, router, embeddings, head, too")
+    chat_format: str = key("", "(default: that of the model's family)", choices=CHAT_FORMATS)
+    seed: int = key(0, "of everything that is drawn", at_least=0, below=2**63)
+    device: str = key("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    dtype: str = key("", "of weights (default: bfloat16 on a GPU, else float32)", choices=DTYPES)
+
+    def check(self) -> None:
+        """Also sets keys whose default depends on other keys or on the machine."""
+        super().check()
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = self.dtype or str(choose_dtype("", self.device)).removeprefix("torch.")
+        if self.top_p is None:
+            self.top_p = SCORES[self.score].default_top_p
+
+
+def choose(scores: Scores, config: SelectionConfig) -> dict:
+    """Returns the expert_cfg that a config selects."""
+    return {
+        "experts": SELECTIONS[config.selection](scores, config),
+        "shared_experts": config.shared_experts,
+        "non_expert_modules": config.non_expert_modules,
+    }
+
+
+def read_scores(path: str | Path, score: str) -> Scores:
+    """Returns what is in a score file. Raises ValueError that names file and field if it does not
+    hold this score."""
+    scores, name = read_json(path), f"{score}_scores"
+    layers = scores.get(name) if isinstance(scores, dict) else None
+    if not isinstance(layers, dict) or not layers:
+        raise ValueError(f'{path}: field {name} must be {{"LAYER": {{"EXPERT": SCORE}}}}')
+    experts = next(iter(layers.values()))
+    for layer, values in layers.items():
+        if not (
+            layer == f"{int(layer) if layer.isdecimal() else -1}"
+            and isinstance(values, dict)
+            and values.keys() == experts.keys() == set(map(str, range(len(values))))
+            and all(type(v) in (int, float) and 0 <= v <= 1 for v in values.values())
+        ):
+            needed = "must map expert ids, the same in every layer, to scores from 0 to 1"
+            raise ValueError(f"{path}: {name}: layer {layer!r} {needed}")
+    return scores
+
+
+def describe(experts: Experts, scores: Scores, score: str) -> str:
+    """Returns a table of the selected experts, and the part of a layer's score that they hold."""
     lines = [f"{'layer':>5} {'experts':>7} {'score':>6}  selected"]
     for layer in sorted(experts, key=int):
         held = sum(scores[f"{score}_scores"][layer][str(e)] for e in experts[layer])
-        lines.append(
-            f"{layer:>5} {len(experts[layer]):>7} {held:>6.3f}  "
-            + " ".join(map(str, experts[layer]))
-        )
+        names = " ".join(map(str, experts[layer]))
+        lines.append(f"{layer:>5} {len(experts[layer]):>7} {held:>6.3f}  {names}")
     total = sum(map(len, experts.values()))
     of = sum(map(len, scores[f"{score}_scores"].values()))
     return "\n".join([*lines, f"selected {total} of {of} experts ({total / of:.1%})"])
 
 
-def draw_scores(axes, scores: Scores, score: str, experts: dict[str, list[int]]) -> None:
-    """A heat map of the scores in matplotlib's `axes`, layers down and experts across, with the
-    selected ones marked."""
+def draw_scores(axes, scores: Scores, score: str, experts: Experts) -> None:
+    """Draws a heat map of the scores into matplotlib's `axes`, with the selected experts marked."""
     values = scores[f"{score}_scores"]
     layers = sorted(values, key=int)
-    image = axes.imshow(
-        [[values[layer][e] for e in sorted(values[layer], key=int)] for layer in layers],
-        aspect="auto",
-        cmap="viridis",
-    )
+    rows = [[values[layer][e] for e in sorted(values[layer], key=int)] for layer in layers]
+    image = axes.imshow(rows, aspect="auto", cmap="viridis")
     marks = [(e, i) for i, layer in enumerate(layers) for e in experts.get(layer, [])]
     if marks:
         axes.scatter(*zip(*marks), marker="s", s=30, facecolors="none", edgecolors="red")
@@ -217,167 +236,88 @@ def draw_scores(axes, scores: Scores, score: str, experts: dict[str, list[int]])
     axes.figure.colorbar(image, ax=axes)
 
 
-def plot_scores(scores: Scores, score: str, experts: dict[str, list[int]], path: str) -> None:
+def plot_scores(scores: Scores, score: str, experts: Experts, path: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 1.5 + 0.25 * len(scores["token_scores"])), layout="constrained")
+    figure = Figure(figsize=(14, 1.5 + 0.25 * len(scores[f"{score}_scores"])), layout="constrained")
     draw_scores(figure.subplots(), scores, score, experts)
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        description=(
-            "Find the experts that a task uses. Runs the model over samples of the task's data, "
-            "scores every expert of every layer, and writes the smallest set of experts per layer "
-            "that holds top_p of the score. With torchrun, processes share the samples."
-        ),
+        description="Find the experts that a task uses: score them on the task's data, and write "
+        "the smallest set of each layer that holds top_p of the score. With torchrun, processes "
+        "share the samples.",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--model",
-        help="checkpoint, a directory or a hub name; scores are collected with it on --data",
-    )
-    source.add_argument(
-        "--scores", help="a score file written before: select again without a model"
-    )
-    parser.add_argument("--data", help="training data of the task, JSON lines (with --model)")
-    parser.add_argument(
-        "--output",
-        required=True,
-        help="the expert_cfg.json to write; with --model the scores are "
-        "written beside it, as NAME.scores.json",
-    )
-    parser.add_argument(
-        "--score",
-        choices=DEFAULT_TOP_P,
-        default="token",
-        help="token: how often an expert is chosen; gate: with what weight (default: token)",
-    )
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        help="part of the score to hold (default: 0.2 for token, 0.1 for gate)",
-    )
-    parser.add_argument(
-        "--selection",
-        choices=SELECTIONS,
-        default="highest",
-        help="highest: the highest scored experts; lowest, random: as many of each layer, to "
-        "compare with (default: highest)",
-    )
-    parser.add_argument(
-        "--n_sample_tokens", type=int, default=131072, help="tokens to score on (default: 131072)"
-    )
-    parser.add_argument(
-        "--seq_length",
-        type=int,
-        default=4096,
-        help="samples are cut to this many tokens (default: 4096)",
-    )
-    parser.add_argument(
-        "--average",
-        choices=("tokens", "samples"),
-        default="tokens",
-        help="mean over all tokens, as in the published scores, or over samples, as in the paper's "
-        "equation (default: tokens)",
-    )
-    parser.add_argument(
-        "--shared_experts", action="store_true", help="train the shared experts, too"
-    )
-    parser.add_argument(
-        "--non_expert_modules",
-        action="store_true",
-        help="train attention, norms, embeddings, router and head, too",
-    )
-    parser.add_argument(
-        "--chat_format",
-        choices=CHAT_FORMATS,
-        default="",
-        help="how messages become text (default: that of the model's family)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the samples and of --selection random (default: 0)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="",
-        help="(default: bfloat16 on a GPU, float32 on a CPU)",
-    )
-    parser.add_argument(
-        "--plot", metavar="FILE.png", help="draw the scores as a heat map (needs matplotlib)"
-    )
-    args = parser.parse_args()
-    top_p = args.top_p if args.top_p is not None else DEFAULT_TOP_P[args.score]
-    if not 0 < top_p <= 1:
-        parser.error(f"--top_p is {top_p}; must be above 0 and at most 1")
-    for name in ("n_sample_tokens", "seq_length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; must be at least 1")
-    if bool(args.model) != bool(args.data):
-        parser.error("--model needs --data, and --scores takes none")
-    if args.plot and not args.plot.endswith(".png"):
-        parser.error(f"--plot is {args.plot}; must end in .png")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not args.device:
-        local_rank = os.environ.get("LOCAL_RANK", "0")
-        args.device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks
+    said = "a score file: select again, without model and data"
+    parser.add_argument("--scores", metavar="FILE", help=said)
+    said = "the expert_cfg.json to write; with --model also NAME.scores.json beside it"
+    parser.add_argument("--output", required=True, metavar="FILE", help=said)
+    said = "draw the scores as a heat map (needs matplotlib)"
+    parser.add_argument("--plot", metavar="FILE.png", help=said)
+    add_keys(parser, SelectionConfig)
+    return parser
 
-    def sum_ranks(total: Tensor) -> Tensor:
-        if world_size > 1:
-            torch.distributed.all_reduce(total)
-        return total
 
+def check_arguments(arguments: argparse.Namespace, config: SelectionConfig) -> None:
+    if bool(config.model) == bool(arguments.scores) or bool(config.model) != bool(config.data):
+        raise ValueError("give --model and --data, or --scores alone")
+    if arguments.plot and not arguments.plot.endswith(".png"):
+        raise ValueError(f"--plot is {arguments.plot}; must end in .png")
+    if arguments.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    check_output_file(arguments.output, [config.data or arguments.scores])
+
+
+def scores_of_data(config: SelectionConfig, ranks: SingleProcess) -> Scores:
+    """Returns the scores of the config's model on samples of its data, the same on all ranks."""
+    base = local_directory(config.model)
+    read_config(base, config.model_config)  # refuses what is not supported before data is read
+    tokenizer = load_tokenizer(base, config.chat_format)
+    samples = encode_file(config.data, tokenizer)
+    dtype = choose_dtype(config.dtype, config.device)
+    model = load_model(base, config.device, dtype, changes=config.model_config)
+    sequences = sample_tokens(samples, config.n_sample_tokens, config.seq_length, config.seed)
+    batches = scoring_batches(sequences, tokenizer.eos_id, ranks=ranks)
+    return collect_scores(model, batches, config.average, ranks)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = read_keys(SelectionConfig, arguments)
+    check_arguments(arguments, config)
+    if config.device == "cuda":
+        config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    ranks, wrote = meet(timeout=1800), [arguments.output]
+    if arguments.scores:
+        scores = read_scores(arguments.scores, config.score)
+    else:
+        scores = scores_of_data(config, ranks)
+        wrote.append(str(Path(arguments.output).with_suffix(".scores.json")))
+    ranks.leave()
+    if ranks.rank:
+        return
+    expert_cfg = choose(scores, config)
+    if config.model:
+        write_json(wrote[1], scores)
+    write_json(arguments.output, expert_cfg)
+    print(describe(expert_cfg["experts"], scores, config.score))
+    if arguments.plot:
+        plot_scores(scores, config.score, expert_cfg["experts"], arguments.plot)
+        wrote.append(arguments.plot)
+    print("wrote", ", ".join(wrote))
+    train = "python train.py --config FILE.toml --output_dir DIR"
+    print(f"next: {train} --expert_config {arguments.output}")
+
+
+def main() -> None:
     try:
-        wrote = [args.output]
-        check_output_file(args.output, [args.data or args.scores])
-        if args.scores:
-            scores = read_scores(args.scores)
-        else:
-            base = local_directory(args.model)
-            ModelConfig.from_json(base / "config.json")  # refuses what is not supported
-            tokenizer = load_tokenizer(base, args.chat_format)
-            samples = encode_file(args.data, tokenizer)
-            if world_size > 1:
-                torch.distributed.init_process_group("gloo")
-            model = load_model(base, args.device, choose_dtype(args.dtype, args.device))
-            drawn = sample_tokens(samples, args.n_sample_tokens, args.seq_length, args.seed)
-            batches = scoring_batches(drawn, tokenizer.eos_id, rank=rank, world_size=world_size)
-            scores = collect_scores(model, batches, args.average, sum_ranks)
-        if rank:
-            return
-        if args.model:
-            wrote.append(str(Path(args.output).with_suffix(".scores.json")))
-            write_json(wrote[1], scores)
-        experts = choose(scores, args.score, top_p, args.selection, args.seed)
-        expert_cfg = {
-            "experts": experts,
-            "shared_experts": args.shared_experts,
-            "non_expert_modules": args.non_expert_modules,
-        }
-        write_json(args.output, expert_cfg)
-        print(describe(experts, scores, args.score))
-        if args.plot:
-            plot_scores(scores, args.score, experts, args.plot)
-            wrote.append(args.plot)
+        run(command_line().parse_args())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; no selection was written") from None
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    print("wrote", ", ".join(wrote))
-    print(
-        f"next: python train.py --config FILE.toml --output_dir DIR --expert_config {args.output}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What the loop of train.py stands on. The loop itself is in train.py."""

@@ -1,0 +1,159 @@
+"""The keys of a training run, the checks across keys, and whether layers can be compiled. What a
+key is stands in config.py; the keys with which experts are selected stand in select_experts.py."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import EXPERTS
+from config import add_keys, key
+from model import ModelConfig
+from select_experts import SelectionConfig
+from tasks import TASKS
+
+METHODS = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}  # method -> the paper's learning rate
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class TrainConfig(SelectionConfig):
+    output_dir: str = key("", "where the run writes; the same command run again continues there")
+    method: str = key("esft", "train selected experts, all, or low-rank updates", choices=METHODS)
+    expert_config: str = key("", "an expert_cfg.json; empty: score on the data and select")
+
+    # LoRA
+    lora_rank: int = key(8, "rank of the update B A of a weight", at_least=1, below=2**19)
+    lora_scaling: float = key(2.0, "factor of the update (lora_alpha / r)", above=0, at_most=1e6)
+
+    # Data
+    document_mask: bool = key(False, "samples of a row neither see nor follow each other")
+    random_concat_ratio: float | None = key(
+        None, "joined samples lose their first token so often (default: 0.2)", at_least=0, below=1
+    )
+    validation_data: str = key("", "validation file; empty: a part of the training rows")
+    validation_fraction: float = key(0.02, "how large a part; 0: none", at_least=0, below=1)
+
+    # Optimization
+    batch_size: int = key(32, "rows of one step, over all micro-batches and ranks", at_least=1)
+    gradient_accumulation_steps: int = key(8, "micro-batches of a step", at_least=1)
+    steps: int = key(500, "optimizer steps", at_least=1)
+    learning_rate: float | None = key(
+        None, "peak (default: 1e-5 for esft, 3e-5 for full, 1e-4 for lora)", above=0, at_most=1
+    )
+    warmup_steps: int = key(0, "steps in which the learning rate rises to its peak", at_least=0)
+    schedule: str = key("constant", "after warmup; linear and cosine fall to 0", choices=SCHEDULES)
+    weight_decay: float = key(0.1, "of matrices, also where no token reaches them", at_least=0)
+    adam_beta1: float = key(0.9, "AdamW's", at_least=0, below=1)
+    adam_beta2: float = key(0.95, "AdamW's", at_least=0, below=1)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", above=0)
+    aux_loss_alpha: float | None = key(None, "weight of balance loss (default: base's)", at_least=0)
+
+    # Evaluation and saving
+    eval_steps: int = key(100, "steps between validations; the adapter is the best", at_least=1)
+    save_steps: int = key(100, "steps between checkpoints to continue from", at_least=1)
+    log_steps: int = key(10, "steps between printed lines; metrics.jsonl has all", at_least=1)
+    eval_sets: list[str] = key((), "TASK:FILE ..., evaluated before and after (tasks: see eval.py)")
+    max_new_tokens: int = key(0, "longest completion there; 0: the task's own", at_least=0)
+
+    # Machine
+    experts: str = key("auto", "loop: the specification; grouped: fast", choices=EXPERTS)
+    gradient_checkpointing: bool = key(True, "layers run again in backward, to save memory")
+    compile: bool | None = key(None, "torch.compile of layers (default: on a GPU, if it pays)")
+    deterministic: bool = key(True, "same seed and machine, same bits; false: faster on a GPU")
+    overwrite: bool = key(False, "delete what output_dir holds and start anew")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("model", "data", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; try --config configs/demo.toml, or --help")
+        if self.learning_rate is None:
+            self.learning_rate = METHODS[self.method]
+        if self.random_concat_ratio is None:
+            self.random_concat_ratio = 0.0 if self.document_mask else 0.2
+        if self.batch_size % (parts := self.gradient_accumulation_steps):
+            needed = f"must divide batch_size ({self.batch_size})"
+            raise ValueError(f"gradient_accumulation_steps is {parts}; {needed}")
+        if self.document_mask and (ratio := self.random_concat_ratio):
+            raise ValueError(f"random_concat_ratio is {ratio}; must be 0 with document_mask")
+        for name, reason in self.without_effect().items():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; no effect, since {reason}")
+        if self.compile and (obstacle := no_compilation(self)):
+            raise ValueError(f"compile is true; cannot be with {obstacle}")
+        for entry in self.eval_sets:
+            if entry.partition(":")[0] not in TASKS or ":" not in entry:
+                needed = f"must be TASK:FILE with a task of {', '.join(TASKS)}, unlike {entry!r}"
+                raise ValueError(f"eval_sets is {self.eval_sets}; each entry {needed}")
+
+    def without_effect(self) -> dict[str, str]:
+        """Returns the keys that another key leaves without effect, and the reason."""
+        selecting = ("selection", "shared_experts", "non_expert_modules")
+        reasons = {}
+        if self.expert_config:
+            reasons |= dict.fromkeys(selecting, "expert_config is given")
+        if self.method != "esft":
+            reasons |= dict.fromkeys((*selecting, "expert_config"), f"method is {self.method}")
+        if self.method != "lora":
+            reasons |= dict.fromkeys(("lora_rank", "lora_scaling"), f"method is {self.method}")
+        return reasons
+
+    @property
+    def micro_batch(self) -> int:
+        """How many rows a micro-batch has, over all ranks."""
+        return self.batch_size // self.gradient_accumulation_steps
+
+    def balance_weight(self, base: ModelConfig) -> float:
+        """Returns the weight of the load balance loss."""
+        return base.aux_loss_alpha if self.aux_loss_alpha is None else self.aux_loss_alpha
+
+
+def config_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Returns a command line with --config and the keys of a training run."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=description, epilog=epilog)
+    parser.add_argument("--config", metavar="FILE.toml", help="these keys as a flat TOML file")
+    add_keys(parser, TrainConfig)
+    return parser
+
+
+def no_compilation(config: TrainConfig) -> str:
+    """Returns the key with which layers cannot be compiled, and why; empty if there is none."""
+    if config.dtype == "float32":
+        return "dtype float32, since grouped products compile in bfloat16 alone"
+    if config.experts == "loop":
+        return "experts loop, which waits for each expert's number of tokens"
+    if config.document_mask:
+        return "document_mask, which makes other shapes in every step"
+    if config.method == "lora":
+        return "method lora, which has parameters of its own in each expert"
+    return ""
+
+
+def compiler_error(device: str) -> str:
+    """Returns why torch.compile does not work here: no C++ compiler, say. Empty if it works."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # the compiler's own kinds, and those of what it calls
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
+
+
+def settle_compile(config: TrainConfig, base: ModelConfig, parameters: int) -> None:
+    """Decides `compile` where the config leaves it open. Raises ValueError where the config asks
+    for it and the model's sizes or the machine do not allow it."""
+    sizes = {name: getattr(base, name) for name in ("hidden_size", "moe_intermediate_size")}
+    # Grouped products want strides of 16 bytes.
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % 8]
+    asked = config.compile
+    if asked and odd:
+        raise ValueError(f"compile is true; cannot be with {odd[0]}: must be a multiple of 8")
+    if asked is None:
+        long = config.steps * config.gradient_accumulation_steps >= 200  # micro-batches
+        pays = config.device.startswith("cuda") and parameters >= 1e9 and long
+        config.compile = pays and not odd and not no_compilation(config)
+    if config.compile and (reason := compiler_error(config.device)):
+        if asked:
+            raise ValueError(f"compile is true; torch.compile does not work here: {reason}")
+        config.compile = False
+        print(f"layers are not compiled, as torch.compile does not work here: {reason}")

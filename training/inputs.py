@@ -1,0 +1,105 @@
+"""What a run reads, checked before the base's weights are loaded, and what makes two runs the same
+run. Nothing is written here."""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from adapter import read_expert_cfg, trained_parameters
+from checkpoint import check_device, local_directory, read_checkpoint
+from data import Rows, Sample, Tokenizer, encode_file, epoch_order, load_tokenizer, pack
+from model import ModelConfig, Transformer
+from tasks import Ask, read_examples
+from training.config import TrainConfig, settle_compile
+
+
+@dataclass
+class Inputs:
+    base: Path
+    base_config: ModelConfig
+    whole: Transformer  # all of the base, without data
+    base_parameters: int  # how many the base has
+    tokenizer: Tokenizer
+    samples: list[Sample]
+    rows: Rows
+    held_out: Rows | None
+    identity: dict
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Reads and checks everything but the base's weights. Raises ValueError and OSError that name
+    file and field."""
+    check_device(config.device)
+    base = local_directory(config.model)
+    whole, _ = read_checkpoint(base, config.model_config)
+    if not whole.config.moe_layers:
+        fields = f"{base}/config.json: first_k_dense_replace and moe_layer_freq"
+        raise ValueError(f"{fields} leave no MoE layer; there are no experts to score")
+    count = sum(p.numel() for p in whole.parameters())
+    settle_compile(config, whole.config, count)
+    tokenizer = load_tokenizer(base, config.chat_format)
+    samples = encode_file(config.data, tokenizer)
+    rows, held_out = prepare_rows(config, samples, tokenizer)
+    for entry in config.eval_sets:
+        task, _, path = entry.partition(":")
+        read_examples(path, task, Ask(tokenizer))
+    if config.expert_config:
+        given = read_expert_cfg(config.expert_config, whole.config)
+        if not trained_parameters(whole, given):
+            raise ValueError(f"{config.expert_config}: selects nothing to train")
+    mine = identity(config, whole.fingerprint)
+    return Inputs(base, whole.config, whole, count, tokenizer, samples, rows, held_out, mine)
+
+
+def prepare_rows(
+    config: TrainConfig, samples: list[Sample], tokenizer: Tokenizer
+) -> tuple[Rows, Rows | None]:
+    """Returns the rows to train on, and those to validate on where the config asks for it."""
+
+    def packed(samples: list[Sample], ratio: float) -> Rows:
+        sizes = config.seq_length, ratio, tokenizer.eos_id, config.seed
+        return pack(samples, *sizes, document_mask=config.document_mask)
+
+    rows, held_out = packed(samples, config.random_concat_ratio), None
+    if config.validation_data:
+        held_out = packed(encode_file(config.validation_data, tokenizer), 0.0)
+    elif config.validation_fraction:
+        held = math.ceil(len(rows.tokens) * config.validation_fraction)
+        if held == len(rows.tokens):
+            found = f"fills {held} row of seq_length {config.seq_length}, too few to hold any out"
+            needed = "set validation_data, a shorter seq_length, or validation_fraction 0"
+            raise ValueError(f"{config.data}: {found}; {needed}")
+        order = epoch_order(len(rows.tokens), config.seed, -1)
+        rows, held_out = rows.take(order[held:]), rows.take(order[:held])
+    for part, path in ((rows, config.data), (held_out, config.validation_data or config.data)):
+        if part and not part.learned.any():
+            raise ValueError(f"{path}: holds no answer to learn from; every one is masked")
+    return rows, held_out
+
+
+def input_files(config: TrainConfig) -> list[str]:
+    sets = [entry.partition(":")[2] for entry in config.eval_sets]
+    return [p for p in (config.data, config.validation_data, config.expert_config, *sets) if p]
+
+
+def identity(config: TrainConfig, base_fingerprint: str) -> dict:
+    """Returns what makes two runs the same run: the keys that change results, the base's weights,
+    and the content of the input files."""
+    keys = asdict(config)
+    for name in ("overwrite", "device", "log_steps", "output_dir"):  # a run may be moved
+        del keys[name]
+    if not config.model_config:  # older runs do not know this key
+        del keys["model_config"]
+    keys["fingerprint of model"] = base_fingerprint
+    for path in input_files(config):
+        keys[f"sha256 of {path}"] = content_hash(Path(path))
+    return keys
+
+
+def content_hash(path: Path) -> str:
+    """Returns the hash of a file, or of all files of a folder, as some evaluations read."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""What a method (esft, full, lora) trains, AdamW with float32 masters, and the learning rate of a
+step."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from adapter import mark_trainable, trained_parameters
+from lora import add_lora, lora_parameters
+from model import Transformer
+from training.config import TrainConfig
+
+
+def mark_trained(
+    config: TrainConfig, model: Transformer, expert_cfg: dict | None
+) -> dict[str, nn.Parameter]:
+    """Freezes all but what the method trains, and returns that by name. For lora, adds its
+    matrices; `expert_cfg` is None then."""
+    if config.method == "lora":
+        add_lora(model, config.lora_rank, config.lora_scaling, config.seed)
+        return lora_parameters(model)
+    mark_trainable(model, expert_cfg)
+    return trained_parameters(model, expert_cfg)
+
+
+class MasterAdamW:
+    """AdamW on float32 copies of the trained parameters, the masters. bfloat16 numbers near 0.02
+    lie 1.2e-4 apart: a step of 1e-5 would be rounded away."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig):
+        self.parameters = parameters
+        self.max_grad_norm = config.max_grad_norm
+        self.masters = {name: p.detach().float() for name, p in parameters.items()}
+        matrices = [m for m in self.masters.values() if m.ndim > 1]
+        vectors = [m for m in self.masters.values() if m.ndim < 2]  # norms and biases do not decay
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # may be empty
+        if any(master.is_meta for master in self.masters.values()):
+            return  # a plan counts the bytes of gradients, and takes no step
+        self.adamw = torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            fused=True,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def accumulate(self) -> None:
+        """Adds the parameters' gradients to the masters', in float32, and frees them."""
+        arrived = [(self.masters[n], p) for n, p in self.parameters.items() if p.grad is not None]
+        # A few at a time: those of a layer are freed before the next layer's float32 ones are made.
+        for start in range(0, len(arrived), 32):
+            group = arrived[start : start + 32]
+            sums = [(master.grad, p.grad) for master, p in group if master.grad is not None]
+            if sums:
+                torch._foreach_add_(*map(list, zip(*sums)))
+            new = [(master, p) for master, p in group if master.grad is None]
+            for master, p in new:
+                master.grad = p.grad if p.dtype == torch.float32 else torch.empty_like(master)
+            copies = [(m.grad, p.grad) for m, p in new if m.grad is not p.grad]
+            if copies:
+                torch._foreach_copy_(*map(list, zip(*copies)))
+            for _, p in group:
+                p.grad = None
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        for master in self.masters.values():
+            if master.grad is None:  # no token reached it
+                master.grad = torch.zeros_like(master)
+        return {name: master.grad for name, master in self.masters.items()}
+
+    def clip(self, norm: Tensor) -> None:
+        """Scales the gradients down if `norm`, that of the whole model, is above max_grad_norm."""
+        if norm.item() > self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Updates the parameters and frees the gradients."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self.adamw.zero_grad()
+        if self.masters:
+            torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
+
+    def state(self, saves: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Returns masters and moments by name, on the CPU, of the parameters that `saves` names."""
+        tensors = {}
+        for name, master in self.masters.items():
+            if saves(name):
+                moments = self.adamw.state[master]
+                tensors[f"master.{name}"] = master.cpu()
+                tensors[f"exp_avg.{name}"] = moments["exp_avg"].cpu()
+                tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].cpu()
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Puts what `state` returned in place, after step `step`."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master.{name}"])
+            self.parameters[name].copy_(master)
+            device = master.device
+            self.adamw.state[master] = {
+                "step": torch.tensor(float(step), device=device),
+                # Copied: on a CPU these are the checkpoint's file, mapped.
+                "exp_avg": tensors[f"exp_avg.{name}"].to(device, copy=True),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(device, copy=True),
+            }
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """Returns the learning rate of step `step`, from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.learning_rate * factor[config.schedule]

@@ -1,0 +1,324 @@
+"""What a run needs in memory, and what ranks exchange, without loading it: `--plan`.
+
+`compute_gradients` itself runs here, on tensors without data, and the bytes that it allocates are
+counted. Which ranks there are comes from train_ep.py.
+"""
+
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from adapter import everything, read_expert_cfg
+from checkpoint import build_model, local_directory, read_config
+from data import Rows, micro_batches
+from fast import StackedExperts
+from fast.device import meta_as_gpu
+from files import read_json
+from model import ModelConfig, Transformer
+from processes import SingleProcess
+from select_experts import SelectionConfig
+from training.config import TrainConfig
+from training.optimizer import MasterAdamW, mark_trained
+
+ASSUMED_SHARE = 0.075  # of the experts; the published selection for intent: 124 of 1,664
+GPU_SIZES = (24, 48, 80, 141, 180)  # GB
+LINKS = {"NVLink 4": 450, "400 Gbit/s a GPU": 50}  # GB/s one way
+# A second: measured for whole steps of the V2-Lite job on an H200 (docs/several_gpus.md).
+FLOPS = 350e12
+OVERHEAD = 1.5 * 2**30  # what CUDA, its libraries and the allocator's gaps take beside tensors
+
+
+class FlashAttention(torch.autograd.Function):
+    """Needs the memory of a fused attention kernel: its inputs, its output, and one number a query.
+    On the meta device torch would take the kernel that holds all scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q[..., : v.shape[-1]])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def fused_attention(q, k, v, mask=None, **_) -> Tensor:
+    """Stands in for `scaled_dot_product_attention`. A TorchFunctionMode would not reach the layers
+    that backward runs again."""
+    return FlashAttention.apply(q, k, v)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, for as long as they live. The tensors
+    `known` are there already and do not count."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def step_bytes(
+    config: TrainConfig,
+    model: Transformer,
+    trained: dict[str, nn.Parameter],
+    ranks: SingleProcess,
+    compute_gradients: Callable,
+) -> int:
+    """Returns the most bytes that one step allocates beside weights, masters and moments:
+    activations, gradients, temporaries. `compute_gradients` is train.py's. It runs two
+    micro-batches, where there are more, since the second meets the gradients of the first."""
+    count = min(config.batch_size, 2 * config.micro_batch * ranks.world_size)
+    rows = Rows(*[torch.zeros(count, config.seq_length, dtype=torch.int64)] * 3)
+    steps = count // config.micro_batch
+    rehearsal = replace(config, device="meta", gradient_accumulation_steps=steps, compile=False)
+    known = [*model.parameters(), *model.buffers()]
+    stacked = [m for m in model.modules() if isinstance(m, StackedExperts)]
+    known += [stack for experts in stacked for stack in (experts.gate_up, experts.down)]
+    optimizer = MasterAdamW(trained, rehearsal)
+    alpha = config.balance_weight(model.config)
+    # float32 has no grouped product of its own: torch goes through a loop, as ours on a CPU.
+    like_gpu = config.device.startswith("cuda") and config.dtype == "bfloat16"
+    with (
+        meta_as_gpu(like_gpu),
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
+        Allocations([*known, *optimizer.masters.values()]) as allocations,
+    ):
+        compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
+    return allocations.peak
+
+
+def planned_experts(config: TrainConfig, model_config: ModelConfig) -> tuple[dict | None, str]:
+    """Returns the expert_cfg that a run would train, and where it comes from."""
+    if config.method == "lora":
+        return None, f"LoRA of rank {config.lora_rank}"
+    if config.method == "full":
+        return everything(model_config), "everything"
+    path = config.expert_config or selection_of_this_run(config)
+    if path:
+        return read_expert_cfg(path, model_config), f"the experts of {path}"
+    E = model_config.n_routed_experts
+    count = max(round(ASSUMED_SHARE * E), 1)
+    chosen = [i * E // count for i in range(count)]
+    expert_cfg = {
+        "experts": {str(layer): chosen for layer in model_config.moe_layers},
+        "shared_experts": config.shared_experts,
+        "non_expert_modules": config.non_expert_modules,
+    }
+    return expert_cfg, f"{count} of {E} experts a layer, assumed: they are not selected yet"
+
+
+def selection_of_this_run(config: TrainConfig) -> Path | None:
+    """Returns the file with the selection of a run with these keys, if one came so far."""
+    output = Path(config.output_dir)
+    if config.overwrite or not (output / "expert_cfg.json").exists():
+        return None
+    saved, mine = read_json(output / "train_config.json"), asdict(config)
+    keys = {f.name for f in fields(SelectionConfig)} - {"device"} | {"method", "expert_config"}
+    same = all(saved.get(name) == mine[name] for name in keys)
+    return output / "expert_cfg.json" if same else None
+
+
+def plan_rank(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    expert_cfg: dict | None,
+    ranks: SingleProcess,
+    compute_gradients: Callable,
+) -> dict:
+    """Returns what a rank holds and needs, in parameters and bytes."""
+    dtype = getattr(torch, config.dtype)
+    model = build_model(model_config, "meta", dtype, config.experts, ranks.split)
+    trained = mark_trained(config, model, expert_cfg)
+    count = sum(p.numel() for p in trained.values())
+    batches = micro_batches(config.batch_size, config.micro_batch, 0, ranks.world_size)
+    need = {
+        "micro-batches": f"{len(batches)} of {len(batches[0])} rows",
+        "held": sum(p.numel() for p in model.parameters()),
+        "trained": count,
+        "weights": sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
+        "masters": 4 * count if dtype.itemsize < 4 else 0,  # a float32 weight is its own master
+        "moments": 8 * count,
+        "gradients": 4 * count,
+    }
+    held = need["weights"] + need["masters"] + need["moments"]
+    for checkpointing in (True, False):
+        rehearsed = replace(config, gradient_checkpointing=checkpointing)
+        step = step_bytes(rehearsed, model, trained, ranks, compute_gradients)
+        need["activations", checkpointing] = max(step - need["gradients"], 0)
+        need["peak", checkpointing] = step + held
+    return need
+
+
+def plan(
+    config: TrainConfig,
+    compute_gradients: Callable,
+    rehearse: Callable[[ModelConfig, dict | None], list] | None = None,
+) -> str:
+    """Returns a table of what the run needs, from the checkpoint's config.json alone. `rehearse`
+    returns the ranks of each column for the base's config and an expert_cfg; without it there is
+    one process."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise ValueError(f"device is {config.device!r}; must be cpu or cuda")
+    base = local_directory(config.model, files=["config.json"])
+    model_config = read_config(base, config.model_config)
+    expert_cfg, what = planned_experts(config, model_config)
+    columns = rehearse(model_config, expert_cfg) if rehearse else [SingleProcess()]
+    whole = build_model(model_config, "meta")
+    total = sum(p.numel() for p in whole.parameters())
+    trained = mark_trained(config, whole, expert_cfg)
+    if not trained:
+        raise ValueError(f"{config.expert_config}: selects nothing to train")
+    progress = tqdm(columns, desc="plan", unit="column", leave=False, disable=None)
+    needs = [plan_rank(config, model_config, expert_cfg, c, compute_gradients) for c in progress]
+    count = sum(p.numel() for p in trained.values())
+    adapter = size_text(count * getattr(torch, config.dtype).itemsize)
+    steps = f"{config.batch_size} rows of {config.seq_length} tokens"
+    lines = [
+        f"{config.model}, {total:,} parameters, {config.dtype}; {config.method}: {what}",
+        f"steps of {steps}; device {config.device}",
+        "",
+        *table(config, columns, needs),
+        "* as in this config",
+        *(exchange_lines(config, model_config, columns) if rehearse else []),
+        "",
+        f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
+        "which two are kept and a third is written",
+        "nothing was loaded or written; next: the same command without --plan",
+    ]
+    return "\n".join(lines)
+
+
+def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
+    """Returns the lines of a plan that have a column for each number of ranks."""
+
+    def gib(label: str, name) -> str:
+        return table_row(label, [size_text(need[name]) for need in needs])
+
+    lines = [
+        table_row("ranks", [each.world_size for each in columns]),
+        table_row("micro-batches of a step", [need["micro-batches"] for need in needs]),
+        table_row("parameters held", [f"{need['held']:,}" for need in needs]),
+        table_row("  trained", [f"{need['trained']:,}" for need in needs]),
+        table_row("  frozen", [f"{need['held'] - need['trained']:,}" for need in needs]),
+        gib(f"weights, {config.dtype}", "weights"),
+        gib("master weights, float32", "masters"),
+        gib("AdamW's moments, float32", "moments"),
+        gib("gradients, float32", "gradients"),
+    ]
+    for checkpointing, said in ((True, "with"), (False, "without")):
+        used = " *" if checkpointing == config.gradient_checkpointing else ""
+        peaks = [need["peak", checkpointing] for need in needs]
+        lines += [
+            f"{said} gradient checkpointing:{used}",
+            gib("  activations and what else a step holds", ("activations", checkpointing)),
+            gib("  peak of tensors in memory", ("peak", checkpointing)),
+            table_row("  fits", [fits(config.device, peak) for peak in peaks]),
+        ]
+    return lines
+
+
+def table_row(label: str, cells: Iterable[str]) -> str:
+    return (f"{label:<44}" + "".join(f"{cell:>18}" for cell in cells)).rstrip()
+
+
+def size_text(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
+def fits(device: str, need: int) -> str:
+    """Returns whether `need` bytes fit the device, or which GPU is large enough if none is here."""
+    if not device.startswith("cuda"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elif torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+        need += OVERHEAD
+    else:
+        enough = [size for size in GPU_SIZES if need + OVERHEAD <= size * 1e9]
+        return f"GPU of {enough[0]} GB" if enough else f"no GPU to {GPU_SIZES[-1]} GB"
+    return f"{memory / 2**30:.0f} GiB: {'yes' if need <= memory else 'NO'}"
+
+
+def step_flops(config: TrainConfig, base: ModelConfig) -> float:
+    """Returns the floating-point operations of a token in a step: forward (twice with
+    checkpointing) and backward, without the weight gradients of the few trained experts."""
+    linear = sum(
+        p.numel()
+        for name, p in build_model(base, "meta").named_parameters()
+        if ".mlp.experts." not in name and "embed_tokens" not in name
+    )
+    expert = 3 * base.hidden_size * base.moe_intermediate_size
+    linear += len(base.moe_layers) * base.num_experts_per_tok * expert
+    heads = 2 * base.rotary_dim  # of queries and of values, in model_type deepseek
+    if base.model_type != "deepseek":
+        heads = base.qk_nope_head_dim + base.qk_rope_head_dim + base.v_head_dim
+    # A query sees half of the row, on average.
+    seen = base.num_hidden_layers * base.num_attention_heads * heads * config.seq_length / 2
+    forwards = 2 if config.gradient_checkpointing else 1
+    return 2 * (linear * (forwards + 1) + seen * (forwards + 2.5))
+
+
+def exchange_lines(
+    config: TrainConfig, base: ModelConfig, columns: list[SingleProcess]
+) -> list[str]:
+    """Returns lines of a plan. Each of `columns` has a world_size and an ep_size."""
+    size = getattr(torch, config.dtype).itemsize
+    ways = 6 if config.gradient_checkpointing else 4
+    layers, K = len(base.moe_layers), base.num_experts_per_tok
+    sizes = config.batch_size, config.micro_batch
+    batches = [micro_batches(*sizes, 0, c.world_size) for c in columns]
+    tokens = [len(parts[0]) * config.seq_length for parts in batches]
+    slots = [n * K * (c.ep_size - 1) // c.ep_size for n, c in zip(tokens, columns)]
+    way = [count * base.hidden_size * size for count in slots]
+    step = [n * ways * layers * len(parts) for n, parts in zip(way, batches)]
+    rows = {
+        "exchange of one rank: ep_size": [str(c.ep_size) for c in columns],
+        "tokens of a micro-batch": [f"{n:,}" for n in tokens],
+        f"x {K} experts, those on other ranks": [f"{n:,}" for n in slots],
+        f"x {base.hidden_size} x {size} bytes: one way": map(size_text, way),
+        f"x {ways} ways: a layer and micro-batch": [size_text(n * ways) for n in way],
+        f"x {layers} layers x micro-batches: a step": map(size_text, step),
+    }
+    again = " (twice, as layers are computed again)" if ways == 6 else ""
+    notes = [f"ways: tokens to their experts and back{again}, gradients to them and back"]
+    if config.device.startswith("cuda"):
+        flops = step_flops(config, base)
+        seconds = [n * len(parts) * flops / FLOPS for n, parts in zip(tokens, batches)]
+        shown = [f"{s:.2f} s" for s in seconds]
+        rows[f"arithmetic of a step at {FLOPS / 1e12:.0f} TFLOP/s"] = shown
+        for name, speed in LINKS.items():
+            taken = [n / speed / 1e9 for n in step]
+            shown = [f"{t:.2f} s, {t / (t + s):.0%}" for t, s in zip(taken, seconds)]
+            rows[f"exchange at {speed} GB/s ({name})"] = shown
+        notes.append("%: of exchange and arithmetic in turns; shared experts overlap")
+    return ["", *(table_row(label, cells) for label, cells in rows.items()), *notes]

@@ -1,0 +1,91 @@
+"""How a run ends early: signals, steps that are not finite, and what is said of them."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from processes import SingleProcess
+from training.config import TrainConfig
+from training.directory import RunDirectory, checkpoints
+from training.inputs import Inputs
+
+ENDINGS = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt)
+
+
+def ending(error: BaseException) -> tuple[str, int]:
+    """Returns what a command says of an error of ENDINGS, and its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"\nstopped: {error}" if str(error) else "\nstopped", 130
+    if isinstance(error, torch.OutOfMemoryError):
+        less = "gradient_checkpointing and more gradient_accumulation_steps make it less"
+        return f"error: {error}\n--plan shows what the run needs; {less}", 1
+    return f"error: {error}", 1
+
+
+@contextmanager
+def saying_what_is_kept(output: RunDirectory):
+    """Adds to an error that ends a run early how much of the run is kept."""
+    try:
+        yield
+    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+        saved = checkpoints(output.path)
+        kept = f"kept: {saved[-1]}, from which" if saved else "no step was saved yet;"
+        without = " without --overwrite" if output.overwrite else ""  # which would delete it
+        goes_on = f"{kept} the same command{without} goes on"
+        if isinstance(error, FloatingPointError):  # would come to the same end
+            goes_on = f"kept: {saved[-1] if saved else 'no step'}"
+        raise type(error)(f"{error}; {goes_on}" if str(error) else goes_on) from None
+
+
+def not_finite_message(
+    config: TrainConfig, inputs: Inputs, step: int, chosen: list[int], losses: Tensor, norm: float
+) -> str:
+    """Returns what to say of a step, from 0, whose losses (rows,) or gradient norm are not finite.
+    Names the samples in the step's rows, or in those with a bad loss if there are any."""
+    bad = ~losses.isfinite().cpu()
+    suspects = torch.tensor(chosen)[bad if bad.any() else ~bad]
+    named = []
+    for row in suspects.tolist():
+        first, last = inputs.rows.documents[row, [0, -1]].tolist()
+        named.append(f"{first + 1} to {min(last + 1, len(inputs.samples))}")
+    return (
+        f"step {step + 1}: the loss is {losses.sum().item():g} and the gradient norm is {norm:g}; "
+        f"both must be finite. The step's rows hold these samples of {config.data}: "
+        f"{', '.join(named)}. The same config comes to the same end: look at them, or choose a "
+        "lower learning_rate and another output_dir"
+    )
+
+
+@contextmanager
+def signals_noted(ranks: SingleProcess) -> Iterator[Callable[[], str | None]]:
+    """Within this block, a first SIGINT or SIGTERM is only noted, so that the step at hand can be
+    finished. A second one acts as it does outside. Yields a function that returns the name of the
+    signal that a rank received, the same on all ranks."""
+    received: list[str] = []
+    both = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    # A process in the background of a script is started with SIGINT ignored.
+    outside = {s: handler for s, handler in both.items() if handler != signal.SIG_IGN}
+
+    def restore() -> None:
+        for number, handler in outside.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame) -> None:
+        said = b"\nfinishes the step, then writes a checkpoint; again: stops at once\n"
+        received.append(signal.Signals(number).name)
+        restore()
+        with suppress(OSError):  # Ctrl-C ends a `| tee`, too
+            if ranks.rank == 0:
+                os.write(2, said)
+
+    for number in outside:
+        signal.signal(number, note)
+    try:
+        yield lambda: next(chain.from_iterable(ranks.from_all(received)), None)
+    finally:
+        restore()
