@@ -1,0 +1,55 @@
+"""The tasks of the evaluator, one file a kind of task.
+
+To add a task, add a file here that holds its tasks, as
+
+    TASKS = {"reverse": Task("rows of prompt and raw_answers", by_row(read_answers), score_reverse)}
+
+and eval.py, train.py's eval_sets and `--help` know it.
+"""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+from data import Tokenizer
+from model import Transformer
+from tasks.common import Ask, Result, Task
+from tasks.judge import Judge
+
+__all__ = ["TASKS", "Ask", "Judge", "Result", "Task"]
+
+
+def find_tasks() -> dict[str, Task]:
+    """Returns the tasks of every file of this folder."""
+    tasks: dict[str, Task] = {}
+    for file in pkgutil.iter_modules(__path__):
+        found = getattr(importlib.import_module(f"{__name__}.{file.name}"), "TASKS", {})
+        if twice := tasks.keys() & found.keys():
+            raise ValueError(f"tasks/{file.name}.py: another file has a task {min(twice)}, too")
+        tasks |= found
+    return tasks
+
+
+TASKS = find_tasks()
+
+
+def read_examples(path: str | Path, task: str, ask: Ask) -> list[dict]:
+    """Returns the examples of a file or folder. Raises ValueError that names file, line, field."""
+    return TASKS[task].read(path, ask)
+
+
+def answer_file(
+    model: Transformer, tokenizer: Tokenizer, task: str, path: str | Path, max_new_tokens: int = 0
+) -> list[dict]:
+    """Returns a data file's examples with the model's answers. `max_new_tokens` 0: the task's."""
+    ask = Ask(tokenizer)
+    examples = read_examples(path, task, ask)
+    new = max_new_tokens or TASKS[task].max_new_tokens
+    for i, answered in TASKS[task].predict(model, ask, examples, new):
+        examples[i] = answered
+    return examples
+
+
+def score(task: str, examples: list[dict], judge: Judge | None = None) -> Result:
+    """Scores answered examples."""
+    return TASKS[task].result_of(examples, judge)

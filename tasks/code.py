@@ -1,0 +1,98 @@
+"""HumanEval and MBPP: a completion becomes a program, which sandbox.py runs with its test."""
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from data import read_rows, text_field
+from tasks.common import Ask, Result, Task, by_row, text_list
+from tasks.sandbox import missing_guards, run_programs
+
+
+@dataclass(frozen=True)
+class Code(Task):
+    max_new_tokens: int = 512
+
+    def result_of(self, examples: list[dict], judge=None) -> Result:
+        if lacking := ", ".join(missing_guards()):
+            print(f"sandbox: this system lacks {lacking}; programs run without", flush=True)
+        records = []
+        for e, said in zip(examples, run_programs([(program(e), e["test"]) for e in examples])):
+            records.append({"example": e, "score": int(said == "passed"), "result": said})
+        metrics = {"pass@1": fmean([r["score"] for r in records])}
+        return Result(metrics, len(records), "programs", records)
+
+    def check_answer(self, example: dict, where: str) -> None:
+        for name in ("code", "entry_point", "test"):
+            text_field(example, name, where)
+
+
+STOPS = r"\n(?=class |def |@|#|if |print\(|```)"  # where a continuation of a function ends
+FENCE = re.compile(r"(?<!\S)```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+LANGUAGES = ("", "py", "python", "python3")  # of the fences that are read
+INDENTED = re.compile(r"(?:[ \t]*\n)*(?:\t|  )[ \t]*[^\s`]")  # the first line of code is
+
+
+def program(example: dict) -> str:
+    """Returns the Python program in a completion. An indented text goes on with the prompt's
+    function. In any other text it is the first block of code that defines the function, else the
+    first block, else the text itself."""
+    text, code, entry = example["raw_prediction"], example["code"], example["entry_point"]
+    if entry and INDENTED.match(text):
+        return code + re.split(STOPS, text, maxsplit=1)[0]
+    text = text.removeprefix(" ")  # chat formats have one before an answer
+    defines = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.MULTILINE)
+    blocks = [block for language, block in FENCE.findall(text) if language.lower() in LANGUAGES]
+    if blocks:
+        text = next(filter(defines.search, map(textwrap.dedent, blocks)), blocks[0])
+    elif not entry:  # MBPP's layout ends with [DONE]
+        text = text.split("[DONE]")[0]
+    if not entry:
+        return text
+    if defines.search(text):  # a whole function; imports and helpers stand in the prompt
+        return f"{code.rstrip()}\n    pass\n\n{text}"
+    return code + re.split(STOPS, text, maxsplit=1)[0]
+
+
+def read_humaneval(row: dict, where: str, ask: Ask) -> dict:
+    """Reads {"prompt", "canonical_solution", "test", "entry_point"}."""
+    names = "prompt", "canonical_solution", "test", "entry_point"
+    code, solution, test, entry = (text_field(row, name, where) for name in names)
+    asked = (
+        "Complete this Python function. Answer with the whole function, in one block of code.\n\n"
+        f"```python\n{code.strip()}\n```"
+    )
+    example = {"prompt": ask(asked, code), "raw_answers": [solution], "code": code}
+    return example | {"entry_point": entry, "test": f"{test}\n\ncheck({entry})\n"}
+
+
+def read_mbpp(path: str | Path, ask: Ask) -> list[dict]:
+    """The published files hold all splits; the test's rows have task_id 11 to 510."""
+    rows = [(at, row) for at, row in read_rows(path) if row.get("task_id", 11) in range(11, 511)]
+    if not rows:
+        raise ValueError(f"{path}: no row has a task_id from 11 to 510, the published test")
+    return [read_mbpp_row(row, where, ask) for where, row in rows]
+
+
+def read_mbpp_row(row: dict, where: str, ask: Ask) -> dict:
+    """Reads {"text", "code", "test_list", "test_setup_code"}; the sanitized file has "prompt" and
+    "test_imports" instead of the first and last."""
+    task = text_field(row, "prompt" if "prompt" in row else "text", where)
+    tests = text_list(row, "test_list", where)
+    setup = [text_field(row, "test_setup_code", where)] if row.get("test_setup_code") else []
+    imports = text_list(row, "test_imports", where, least=0) if "test_imports" in row else []
+    asked = (
+        f"You are an expert Python programmer, and here is your task: {task} Your code should pass "
+        "these tests:\n\n" + "\n".join(tests)
+    )
+    prompt, test = ask(asked, f"{asked}\n[BEGIN]\n"), "\n".join([*imports, *setup, *tests, ""])
+    example = {"prompt": prompt, "raw_answers": [text_field(row, "code", where)]}
+    return example | {"code": "", "entry_point": "", "test": test}
+
+
+TASKS = {
+    "humaneval": Code("the published rows", by_row(read_humaneval)),
+    "mbpp": Code("the published rows", read_mbpp),
+}

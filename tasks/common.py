@@ -1,0 +1,134 @@
+"""What the kinds of task share: `Task`, what it asks a model and what it concludes, and the readers
+of fields. No task of its own is here.
+
+An example is a dict: the prompt as the model sees it, the accepted answers, and what else its score
+needs. Readers raise ValueError that names file, line and field.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import ClassVar
+
+from data import CHAT_FORMATS, Tokenizer, check_chat_tokens, is_text, read_rows, text_field
+from generate import generate_each
+from model import Transformer
+from tasks.judge import Judge
+
+ANSWERS = "rows of prompt (in its chat format) and raw_answers"
+
+Predictions = Iterator[tuple[int, dict]]  # number of an example, and the example with its answer
+
+
+@dataclass
+class Ask:
+    """Turns a question into a prompt: in the chat format, or for a base model `plain`."""
+
+    tokenizer: Tokenizer
+    plain: bool = False
+    context: int | None = None  # tokens that the model was made for
+
+    def __call__(self, chat: str, plain: str) -> str:
+        if self.plain:
+            return plain
+        check_chat_tokens(self.tokenizer, "questions")
+        return CHAT_FORMATS[self.tokenizer.chat_format].user.format(chat)
+
+
+@dataclass
+class Result:
+    """What an evaluation gives."""
+
+    metrics: dict[str, float | None]  # the main one first; None: nothing could be scored
+    count: int  # what the metrics are means over
+    unit: str  # ... samples, tokens
+    records: list[dict]  # one a sample: {"example", "score"}
+    missing: int = 0  # samples that could not be scored
+    groups: dict[str, float] = field(default_factory=dict)  # the main metric of each subject
+
+    @property
+    def mean(self) -> float | None:
+        return next(iter(self.metrics.values()))
+
+
+def by_row(read: Callable[[dict, str, Ask], dict]) -> Callable[[str | Path, Ask], list[dict]]:
+    """Returns a reader of files from a reader of rows."""
+    return lambda path, ask: [read(row, where, ask) for where, row in read_rows(path)]
+
+
+def stated(row: dict, name: str) -> str:
+    return f"field {name} is {row.get(name)!r:.60}"
+
+
+def typed_field(row: dict, name: str, kind, where: str):
+    """Returns a field of a row: an object (dict) or a number (float | int)."""
+    if not isinstance(row.get(name), kind):
+        needed = "an object" if kind is dict else "a number"
+        raise ValueError(f"{where}: {stated(row, name)}; {needed} is required")
+    return row[name]
+
+
+def text_list(row: dict, name: str, where: str, least: int = 1) -> list[str]:
+    value = row.get(name)
+    if not isinstance(value, list) or len(value) < least or not all(map(is_text, value)):
+        many = f" of at least {least}" if least > 1 else ""
+        raise ValueError(f"{where}: {stated(row, name)}; a list of strings{many} is required")
+    return value
+
+
+def read_answers(row: dict, where: str, ask: Ask | None = None) -> dict:
+    """Reads {"prompt", "raw_answers"}; the prompt already carries its chat format."""
+    if row.get("raw_answers") is None and ("messages" in row or "completion" in row):
+        raise ValueError(f"{where}: field raw_answers is missing; this looks like a training file")
+    answers = text_list(row, "raw_answers", where)
+    return {"prompt": text_field(row, "prompt", where), "raw_answers": answers}
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task's file is read, how the model answers, and what the answers are worth.
+
+    This class is for text: `score` compares what the model says with the accepted answers. Other
+    kinds of answer override the methods."""
+
+    about: str  # what --data is
+    read: Callable[[str | Path, Ask], list[dict]]
+    score: Callable[[str, list[str]], int] | None = None  # of a completion and the answers
+    max_new_tokens: int = 128
+    check: Callable[[dict, str], object] = read_answers  # raises for a saved row that has no score
+
+    is_judged: ClassVar[bool] = False  # whether a language model gives the points
+    has_completions: ClassVar[bool] = True
+
+    def predict(
+        self, model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size=64
+    ) -> Predictions:
+        """Adds raw_prediction to each example."""
+        tokenizer = ask.tokenizer
+        prompts = tokenizer.encode_all([example["prompt"] for example in examples])
+        prompts = [[tokenizer.bos_id, *ids] for ids in prompts]
+        if too_long := sum(len(ids) > (ask.context or len(ids)) for ids in prompts):
+            most = f"the {ask.context} tokens of max_position_embeddings"
+            print(f"{too_long} of {len(prompts)} prompts are longer than {most}", flush=True)
+        eos_id = tokenizer.eos_id
+        for i, row in generate_each(model, prompts, max_new_tokens, eos_id, batch_size):
+            yield i, examples[i] | {"raw_prediction": tokenizer.decode(row)}
+
+    def result_of(self, examples: list[dict], judge: Judge | None = None) -> Result:
+        """Scores answered examples."""
+        scores = [self.score(e["raw_prediction"], e["raw_answers"]) for e in examples]
+        records = [{"example": e, "score": score} for e, score in zip(examples, scores)]
+        return Result({"accuracy": fmean(scores)}, len(records), "samples", records)
+
+    def saved_example(self, row: dict, where: str) -> dict:
+        """Returns the example of a saved row, if it has what its score needs. Raises ValueError."""
+        example = typed_field(row, "example", dict, where)
+        self.check(example, where)
+        if self.has_completions:
+            text_field(example, "raw_prediction", where)
+        self.check_answer(example, where)
+        return example
+
+    def check_answer(self, example: dict, where: str) -> None:
+        """Raises ValueError if a saved example lacks a field that other kinds of answer need."""
