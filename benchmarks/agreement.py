@@ -28,15 +28,12 @@ from v2_lite import (  # noqa: E402
     print_conditions,
     random_model,
     transformers_model,
+    use_experts,
 )
 
-from model import (  # noqa: E402
-    ModelConfig,
-    choose_experts_path,
-    everything,
-    mark_trainable,
-    token_losses,
-)
+from adapter import everything, mark_trainable  # noqa: E402
+from fast import compiled_blocks, token_losses  # noqa: E402
+from model import Block, ModelConfig  # noqa: E402
 
 SMALL = dict(
     vocab_size=8192,
@@ -90,12 +87,14 @@ def main() -> None:
         return logits.detach().cpu().double(), gather(gradients, config.n_routed_experts)
 
     def of_ours(experts: str, compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        choose_experts_path(model, experts)
+        use_experts(model, experts)
         model.zero_grad()
+        run_block = compiled_blocks(model) if compiled else Block.__call__
+        how = {"run_block": run_block}
         with torch.no_grad():
-            hidden, _ = model.hidden_states(tokens.to(device), compiled=compiled)
+            hidden, _ = model.hidden_states(tokens.to(device), **how)
             logits = model.lm_head(hidden).cpu().double()
-        losses, _ = token_losses(model, tokens.to(device), tokens, compiled=compiled)
+        losses, _ = token_losses(model, tokens.to(device), tokens, **how, compiled=compiled)
         losses.mean().backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         return logits, gather(gradients, config.n_routed_experts)

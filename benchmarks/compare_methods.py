@@ -26,7 +26,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import read_json, write_json  # noqa: E402
+from files import read_json, write_json  # noqa: E402
 
 RATES = [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]
 METHODS = {  # name -> keys of train.py, learning rates to try

@@ -28,7 +28,7 @@ from v2_lite import (  # noqa: E402
     transformers_model,
 )
 
-from eval import Decoder  # noqa: E402
+from generate import Decoder  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 

@@ -26,20 +26,15 @@ from v2_lite import print_conditions
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import encode_file, load_tokenizer, rows_of_step, sample_tokens  # noqa: E402
-from model import load_model  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from config import read_keys  # noqa: E402
+from data import Rows, encode_file, load_tokenizer, rows_of_step, sample_tokens  # noqa: E402
+from processes import SingleProcess  # noqa: E402
 from select_experts import choose, collect_scores, scoring_batches  # noqa: E402
-from train import (  # noqa: E402
-    MasterAdamW,
-    Rows,
-    SingleProcess,
-    TrainConfig,
-    balance_weight,
-    compute_gradients,
-    mark_trained,
-    parse_config,
-    prepare_rows,
-)
+from train import command_line, compute_gradients  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+from training.inputs import prepare_rows  # noqa: E402
+from training.optimizer import MasterAdamW, mark_trained  # noqa: E402
 
 RATE = 1e-5  # small: the routing, and with it the work, stays as it is
 # Its third way for experts, batched_mm, takes twenty times as long on a CPU.
@@ -55,8 +50,7 @@ def demo_work(config: TrainConfig) -> tuple[Rows, dict]:
     drawn = sample_tokens(samples, config.n_sample_tokens, config.seq_length, config.seed)
     batches = scoring_batches(drawn, tokenizer.eos_id)
     scores = collect_scores(load_model(config.model, dtype=torch.float32), batches, config.average)
-    experts = choose(scores, config.score, config.top_p, config.selection, config.seed)
-    return rows.take(chosen), {"experts": experts}
+    return rows.take(chosen), choose(scores, config)
 
 
 class Ours:
@@ -69,13 +63,11 @@ class Ours:
 
     def step(self, balance: bool = True) -> tuple[float, float]:
         """Takes a step; its loss and gradient norm."""
-        alpha = balance_weight(self.config, self.model.config) if balance else 0.0
+        alpha = self.config.balance_weight(self.model.config) if balance else 0.0
         args = self.config, self.model, self.rows, alpha, self.optimizer, SingleProcess()
         loss = compute_gradients(*args).sum()
-        norm = SingleProcess().grad_norm(self.optimizer.gradients)
-        if norm > self.config.max_grad_norm:
-            masters = self.optimizer.masters.values()
-            torch.nn.utils.clip_grads_with_norm_(masters, self.config.max_grad_norm, norm)
+        norm = SingleProcess().reduce(self.optimizer.gradients)
+        self.optimizer.clip(norm)
         self.optimizer.step(RATE)
         return loss.item(), norm.item()
 
@@ -144,7 +136,8 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     rounds, tried = (1, 1) if args.tiny else (15, 3)
-    config = parse_config(["--config", str(ROOT / "configs/demo.toml"), "--device", "cpu"])
+    arguments = command_line().parse_args(["--device", "cpu"])
+    config = read_keys(TrainConfig, arguments, str(ROOT / "configs/demo.toml"))
     config.model, config.data = str(ROOT / config.model), str(ROOT / config.data)
     if args.tiny:
         config = replace(config, batch_size=2, n_sample_tokens=1000)
@@ -158,7 +151,7 @@ def main() -> None:
     made = print_conditions("cpu") | {"device": where}
     print(f"{where}, float32")
     print(
-        f"{config.batch_size} rows of {config.seq_length} tokens, {rows.learned} of them learned; "
+        f"{config.batch_size} rows of {config.seq_length} tokens, {rows.learned.sum()} of them learned; "
         f"{n_experts} experts trained ({trained:,} parameters); medians of {rounds} rounds"
     )
     first = {experts: side.step(balance=False) for experts, side in ours.items()}

@@ -11,7 +11,6 @@ an exchange of the tokens of one layer takes by itself. Prints its conditions, a
 line."""
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -36,8 +35,11 @@ from v2_lite import (
 sys.path.insert(0, str(ROOT))
 
 from model import ModelConfig  # noqa: E402
-from train import SingleProcess, TrainConfig, be_deterministic, plan_rank  # noqa: E402
+from processes import SingleProcess  # noqa: E402
+from train import be_deterministic, compute_gradients  # noqa: E402
 from train_ep import ExpertParallel, Rehearsal, own_device  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+from training.plan import plan_rank  # noqa: E402
 
 
 def settings(device: str, length: int, rows: int, ranks: int, compiled: bool, saving: bool):
@@ -72,7 +74,7 @@ def alternating(measured: Measured, ways: list, device: str, steps: int) -> list
     times = [[] for _ in ways]
     for _ in range(steps + 1):  # the first is burn-in
         for way, taken in zip(ways, times):
-            measured.parallel = way
+            measured.ranks = way
             synchronise(device)
             start = time.perf_counter()
             measured.step()
@@ -91,7 +93,7 @@ def measure(base: ModelConfig, parallel: ExpertParallel, c: TrainConfig, steps: 
     seconds, peak = alternating(measured, ways, device, steps), peak_gib(device)
     expert_cfg = published_numbers(base)
     rehearsal = Rehearsal(ranks, parallel.ep_size, base.n_routed_experts, expert_cfg)
-    need = plan_rank(c, base, expert_cfg, rehearsal)
+    need = plan_rank(c, base, expert_cfg, rehearsal, compute_gradients)
     tokens = c.batch_size * c.seq_length
     one_way = exchange_seconds(base, tokens // ranks, parallel, steps)
     return [
@@ -118,8 +120,6 @@ def main() -> None:
     parallel = ExpertParallel(timeout=300)
     device, length = ("cpu", 64) if args.tiny else (own_device("cuda"), 4096)
     base = ModelConfig(**(V2_LITE | TINY if args.tiny else V2_LITE))
-    if parallel.rank:
-        sys.stdout = open(os.devnull, "w")
     made = print_conditions("cpu" if args.tiny else "cuda")
     be_deterministic(False)
     ranks = parallel.world_size

@@ -28,7 +28,9 @@ from v2_lite import (  # noqa: E402
     random_model,
 )
 
-from model import ModelConfig, Transformer, mark_trainable, token_losses  # noqa: E402
+from adapter import mark_trainable  # noqa: E402
+from fast import compiled_blocks, token_losses  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 
 
 def measure(model: Transformer, rows: int, length: int, trained: int, device: str) -> dict:
@@ -38,7 +40,8 @@ def measure(model: Transformer, rows: int, length: int, trained: int, device: st
     tokens = torch.randint(0, model.config.vocab_size, (rows, length))
 
     def step() -> None:
-        losses, _ = token_losses(model, tokens.to(device), tokens, compiled=device == "cuda")
+        how = {"run_block": compiled_blocks(model), "compiled": True} if device == "cuda" else {}
+        losses, _ = token_losses(model, tokens.to(device), tokens, **how)
         losses.mean().backward()
         model.zero_grad()
 

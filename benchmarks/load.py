@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from v2_lite import TINY, V2_LITE  # noqa: E402
 
-from model import ModelConfig, build_model, load_model  # noqa: E402
+from checkpoint import build_model, load_model  # noqa: E402
+from model import ModelConfig  # noqa: E402
 
 STARTED = time.perf_counter()
 PUBLISHED = dict(

@@ -31,6 +31,7 @@ from v2_lite import (  # noqa: E402
     transformers_model,
 )
 
+from fast import compiled_blocks  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from select_experts import collect_scores  # noqa: E402
 
@@ -72,7 +73,7 @@ def main() -> None:
         batches = [(part, torch.full((len(part),), length)) for part in parts]
         report("ours", rows, lambda: collect_scores(model, batches))
         if device == "cuda":
-            compiled = partial(model.hidden_states, compiled=True)
+            compiled = partial(model.hidden_states, run_block=compiled_blocks(model))
             with mock.patch.object(model, "hidden_states", compiled):
                 report("ours, compiled", rows, lambda: collect_scores(model, batches))
 

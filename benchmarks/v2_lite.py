@@ -30,23 +30,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import (  # noqa: E402
-    ModelConfig,
-    Transformer,
-    build_model,
-    choose_experts_path,
-    remove_lora,
-)
-from train import (  # noqa: E402
-    MasterAdamW,
-    Rows,
-    SingleProcess,
-    TrainConfig,
-    be_deterministic,
-    compute_gradients,
-    mark_trained,
-    plan_rank,
-)
+from checkpoint import build_model  # noqa: E402
+from data import Rows  # noqa: E402
+from fast.experts import experts_grouped  # noqa: E402
+from lora import remove_lora  # noqa: E402
+from model import ModelConfig, MoE, Transformer, experts_loop  # noqa: E402
+from processes import SingleProcess  # noqa: E402
+from train import be_deterministic, compute_gradients  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+from training.optimizer import MasterAdamW, mark_trained  # noqa: E402
+from training.plan import plan_rank  # noqa: E402
 
 V2_LITE = dict(
     model_type="deepseek_v2",
@@ -88,15 +81,20 @@ TINY = dict(
 )
 
 
-def random_model(config: ModelConfig, device: str, parallel=SingleProcess()) -> Transformer:
+def random_model(config: ModelConfig, device: str, ranks=SingleProcess()) -> Transformer:
     """A model with random weights, or the part of a rank."""
-    model = build_model(config, "meta")
-    parallel.split(model)
-    model.to_empty(device=device)
-    torch.manual_seed(parallel.rank)
+    model = build_model(config, device, split=ranks.split)
+    torch.manual_seed(ranks.rank)
     for name, p in model.named_parameters():
         p.data.fill_(1.0) if "norm" in name else p.data.normal_(std=0.02)
     return model
+
+
+def use_experts(model: Transformer, experts: str) -> None:
+    """Runs the experts of a fast model by the loop, or by grouped products again."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.run_experts = {"loop": experts_loop, "grouped": experts_grouped}[experts]
 
 
 def published_numbers(config: ModelConfig) -> dict:
@@ -162,9 +160,9 @@ def transformers_model(model: Transformer, fields: dict, device: str):
     own = model.state_dict()
     for layer, block in enumerate(model.model.layers):
         if model.config.is_moe(layer):
-            prefix, moe = f"model.layers.{layer}.mlp.experts.", block.mlp
-            own[f"{prefix}gate_up_proj"] = moe.gate_up[moe.places]
-            own[f"{prefix}down_proj"] = moe.down[moe.places]
+            prefix, experts = f"model.layers.{layer}.mlp.experts.", block.mlp.experts
+            own[f"{prefix}gate_up_proj"] = experts.gate_up[experts.place_of]
+            own[f"{prefix}down_proj"] = experts.down[experts.place_of]
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(own[name])
@@ -189,8 +187,8 @@ def peak_gib(device: str) -> float:
 class Measured:
     """The training steps of one setting, on one model."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, parallel=SingleProcess()):
-        self.model, self.config, self.parallel = model, config, parallel
+    def __init__(self, model: Transformer, config: TrainConfig, ranks=SingleProcess()):
+        self.model, self.config, self.ranks = model, config, ranks
         self.cfg = published_numbers(model.config) if config.method == "esft" else None
         self.parameters = mark_trained(config, model, self.cfg)
         self.optimizer = MasterAdamW(self.parameters, config)
@@ -198,32 +196,30 @@ class Measured:
         tokens = torch.randint(0, model.config.vocab_size, shape)
         self.rows = Rows(tokens, tokens, torch.zeros_like(tokens))
 
-    def gradients(self) -> dict[str, torch.Tensor]:
+    def gradients(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The gradients and their norm."""
         alpha = self.model.config.aux_loss_alpha
-        args = self.config, self.model, self.rows, alpha, self.optimizer, self.parallel
+        args = self.config, self.model, self.rows, alpha, self.optimizer, self.ranks
         compute_gradients(*args)
-        self.parallel.reduce_gradients(self.optimizer.gradients)
-        return self.optimizer.gradients
+        gradients = self.optimizer.gradients
+        return gradients, self.ranks.reduce(gradients)
 
     def step(self) -> None:
-        gradients = self.gradients()
-        norm = self.parallel.grad_norm(gradients)
-        if norm > self.config.max_grad_norm:
-            masters = self.optimizer.masters.values()
-            torch.nn.utils.clip_grads_with_norm_(masters, self.config.max_grad_norm, norm)
+        _, norm = self.gradients()
+        self.optimizer.clip(norm)
         self.optimizer.step(1e-5)
 
     def same_bits(self) -> dict[str, bool]:
         """Whether a second pass gives the gradients of the first, with the same checkpointing and
         with the other."""
-        first = {name: g.clone() for name, g in self.gradients().items()}
+        first = {name: g.clone() for name, g in self.gradients()[0].items()}
         same = {}
         for name in ("again", "checkpointing"):
             self.optimizer.adamw.zero_grad()
             if name == "checkpointing":
                 flipped = not self.config.gradient_checkpointing
                 self.config = replace(self.config, gradient_checkpointing=flipped)
-            same[name] = all(torch.equal(first[n], g) for n, g in self.gradients().items())
+            same[name] = all(torch.equal(first[n], g) for n, g in self.gradients()[0].items())
         self.optimizer.adamw.zero_grad()
         return same
 
@@ -231,7 +227,7 @@ class Measured:
 def planned(config: TrainConfig, model_config: ModelConfig) -> float:
     """GiB that --plan gives for a setting."""
     cfg = published_numbers(model_config) if config.method == "esft" else None
-    need = plan_rank(config, model_config, cfg, SingleProcess())
+    need = plan_rank(config, model_config, cfg, SingleProcess(), compute_gradients)
     return need["peak", config.gradient_checkpointing] / 2**30
 
 
@@ -254,7 +250,7 @@ SETTINGS = [
 def measure(model: Transformer, setting: tuple, device: str, length: int, steps: int) -> dict:
     method, rows, checkpointing, deterministic, compiled, experts = setting
     be_deterministic(deterministic)
-    choose_experts_path(model, experts)
+    use_experts(model, experts)
     config = TrainConfig(
         method=method,
         seq_length=length,

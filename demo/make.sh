@@ -6,4 +6,4 @@ python demo/make_data.py --pretrain 400000
 python demo/make_base.py
 python train.py --config demo/pretrain.toml --overwrite true
 rm -r demo/base
-python model.py merge --model demo/pretrain/init --adapter demo/pretrain/run/adapter --output demo/base
+python merge.py --model demo/pretrain/init --adapter demo/pretrain/run/adapter --output demo/base

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
-from model import ModelConfig, build_model, replacing, write_json  # noqa: E402
+from checkpoint import build_model, read_config  # noqa: E402
+from files import replacing, write_json  # noqa: E402
 
 # The fields of DeepSeek-V2-Lite's config.json; 64 experts of which a token uses 6, as there.
 CONFIG = {
@@ -72,7 +73,7 @@ def main() -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", CONFIG, indent=2)
-    model = build_model(ModelConfig.from_json(output / "config.json"))
+    model = build_model(read_config(output))
     draw = torch.Generator().manual_seed(args.seed)
     tensors = {
         name: torch.ones_like(p)
