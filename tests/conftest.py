@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "2"  # of the commands that tests run, too: the same sums
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests run, too: the same sums
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared" / "data"  # published data, used where it is present
 
 
@@ -215,6 +215,16 @@ def save_tokenizer(directory) -> None:
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": {"content": specials[0]}, "eos_token": specials[1]})
     )
+
+
+def load_with_adapter(base, adapter, **options):
+    """A base with an adapter over it."""
+    from adapter import load_adapter
+    from checkpoint import load_model
+
+    model = load_model(base, **options)
+    load_adapter(model, adapter)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ from conftest import one_by_one
 from safetensors.torch import load, save
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from model import ModelConfig, load_adapter, load_model, save_adapter
+from adapter import load_adapter, save_adapter
+from checkpoint import load_model
+from model import ModelConfig
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 SHARD, ADAPTER, EXPERTS = "first shard", "adapter.safetensors", "expert_cfg.json"

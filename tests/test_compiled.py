@@ -6,25 +6,21 @@ from functools import partial
 
 import pytest
 import torch
-from benchmarks.v2_lite import V2_LITE
 from test_model import small_config
 from test_train import settings
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import model as modules
-import train as training
-from model import (
-    Block,
-    ModelConfig,
-    build_model,
-    cross_entropy,
-    mark_trainable,
-    put_tensors,
-    read_json,
-    token_losses,
-)
+from adapter import mark_trainable, put_tensors
+from benchmarks.v2_lite import V2_LITE
+from checkpoint import build_model
+from fast import compiled_blocks
+from fast.loss import cross_entropy, token_losses
+from files import read_json
+from model import Block, ModelConfig, checkpointed
 from select_experts import collect_scores
-from train import TrainConfig, settle_compile, train
+from train import train
+from training import config as training_config
+from training.config import TrainConfig, settle_compile
 
 V2_LITE_CONFIG = ModelConfig(**V2_LITE)
 # Of five MoE layers: none, one, several, all but one, all.
@@ -37,10 +33,10 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     block = torch.compile(Block.forward, dynamic=False, backend=counter, fullgraph=True)
-    monkeypatch.setattr(modules, "compiled_block", lambda tuned: block)
+    monkeypatch.setattr("fast.compiled.compiled_block", lambda tuned: block)
     whole = torch.compile(cross_entropy, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(modules, "compiled_cross_entropy", lambda: whole)
-    monkeypatch.setattr(training, "compiler_error", lambda device: "")
+    monkeypatch.setattr("fast.loss.compiled_cross_entropy", lambda: whole)
+    monkeypatch.setattr(training_config, "compiler_error", lambda device: "")
     yield counter
     torch._dynamo.reset()
 
@@ -56,8 +52,12 @@ def random_models(count: int = 2, **changes):
     return config, models
 
 
-def gradients(model, tokens, **options) -> dict[str, torch.Tensor]:
-    losses, balance = token_losses(model, tokens, tokens, balance=True, **options)
+def gradients(model, tokens, compiled=False, checkpointing=False) -> dict[str, torch.Tensor]:
+    run_block = compiled_blocks(model) if compiled else Block.__call__
+    options = {"run_block": checkpointed(run_block) if checkpointing else run_block}
+    losses, balance = token_losses(
+        model, tokens, tokens, balance=True, compiled=compiled, chunk=100, **options
+    )
     (losses.mean() + balance.sum()).backward()
     found = {"losses": losses.detach(), "balance": balance.detach()}
     return found | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -73,7 +73,7 @@ def test_compiled_layers_give_the_gradients_in_as_few_graphs_as_there_are_kinds_
     tokens = torch.randint(0, config.vocab_size, (4, 96))
     for model in (exact, compiled):
         mark_trainable(model, {"experts": SELECTION})
-    options = {"chunk": 100, "checkpointing": checkpointing}
+    options = {"checkpointing": checkpointing}
     expected = gradients(exact, tokens, **options)
     found = gradients(compiled, tokens, compiled=True, **options)
     assert expected.keys() == found.keys() and len(found) == 2 + 3 * 19
@@ -93,7 +93,9 @@ def test_compiled_scores_are_the_scores(graphs, monkeypatch):
     config, (model,) = random_models(1)
     batches = [(torch.randint(0, config.vocab_size, (2, 48)), torch.tensor([48, 20]))]
     expected = collect_scores(model, batches)
-    monkeypatch.setattr(model, "hidden_states", partial(model.hidden_states, compiled=True))
+    monkeypatch.setattr(
+        model, "hidden_states", partial(model.hidden_states, run_block=compiled_blocks(model))
+    )
     found = collect_scores(model, batches)
     assert graphs.frame_count == 2
     for name in expected:
@@ -147,7 +149,7 @@ def test_what_cannot_be_compiled_is_refused_and_left_out_by_itself(changes, mess
     ],
 )
 def test_layers_are_compiled_where_that_pays(changes, parameters, compiled, monkeypatch):
-    monkeypatch.setattr(training, "compiler_error", lambda device: "")  # the GPU is not here
+    monkeypatch.setattr(training_config, "compiler_error", lambda device: "")  # the GPU is not here
     config = TrainConfig(**(dict(device="cuda", dtype="bfloat16") | changes))
     settle_compile(config, V2_LITE_CONFIG, parameters)
     assert config.compile is compiled

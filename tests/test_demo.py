@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from rank_pool import run_command_on_ranks
 
 DATA = ROOT / "demo/data"
 
@@ -60,29 +61,47 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
     ).stat().st_size
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["v2_lite.py"],
-        ["scoring.py"],
-        ["growth.py"],
-        ["agreement.py"],
-        ["decode.py"],
-        ["load.py"],
-        ["demo_step.py"],
-        ["compare_methods.py", "tune"],
-        ["expert_parallel.py"],
-    ],
-)
-def test_benchmarks_run(command):
-    start = []
-    if command == ["expert_parallel.py"]:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *start, f"benchmarks/{command[0]}", *command[1:], "--tiny"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "benchmark" in json.loads(done.stdout.splitlines()[-1])
+BENCHMARKS = [
+    "v2_lite.py",
+    "scoring.py",
+    "growth.py",
+    "agreement.py",
+    "decode.py",
+    "load.py",
+    "demo_step.py",
+    "compare_methods.py tune --methods esft lora",
+]
+# One process runs them all: to import torch and transformers takes longer than most of them.
+RUN_ALL = """
+import contextlib, io, json, runpy, sys, traceback
+sys.path.insert(0, "benchmarks")
+for command in json.loads(sys.argv[1]):
+    sys.argv, said, error = [*command.split(), "--tiny"], io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path("benchmarks/" + sys.argv[0], run_name="__main__")
+    except BaseException:
+        error = traceback.format_exc()
+    print(json.dumps([said.getvalue(), error]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, list]:
+    """What each benchmark printed, and the error that ended it or None."""
+    command = [sys.executable, "-c", RUN_ALL, json.dumps(BENCHMARKS)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return dict(zip(BENCHMARKS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_benchmarks_run(said, command):
+    printed, error = said[command]
+    assert error is None, error
+    assert "benchmark" in json.loads(printed.splitlines()[-1])
+
+
+def test_the_benchmark_of_ranks_runs(tmp_path):
+    done = run_command_on_ranks(2, tmp_path, "benchmarks/expert_parallel.py", "--tiny")
+    assert [rank["status"] for rank in done] == [0, 0]
+    assert "benchmark" in json.loads(done[0]["stdout"].splitlines()[-1])

@@ -6,14 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+from adapter import mark_trainable, save_adapter
+from checkpoint import load_model
 from eval import name_adapters
-from model import load_model, locked, mark_trainable, save_adapter
+from files import locked
+from tasks import Result
 
 TASKS = ("exact", "loss", "choice", "summary")
 
@@ -87,7 +92,7 @@ def test_one_load_serves_base_and_adapters(
 ):
     loads = []
     monkeypatch.setattr(
-        evaluation, "load_model", lambda *args: loads.append(args) or load_model(*args)
+        evaluation, "load_model", lambda *a, **more: loads.append(a) or load_model(*a, **more)
     )
     both = [a for path in adapters for a in ("--adapter", path)]
     run(monkeypatch, *arguments(checkpoint, data, tmp_path / "all", "--base", *both))
@@ -123,20 +128,20 @@ def test_one_load_serves_base_and_adapters(
 @pytest.mark.parametrize("task", TASKS)
 def test_an_interrupted_run_continues(task, checkpoint, data, tmp_path, monkeypatch, capsys):
     run(monkeypatch, *arguments(checkpoint, data, tmp_path / "whole", tasks=[task]))
-    kind = evaluation.TASKS[task].kind
-    predict, asked = evaluation.PREDICTIONS[kind], []
+    kind, asked = type(evaluation.TASKS[task]), []
+    predict = kind.predict
 
-    def predict_two(model, ask, examples, *sizes):
-        for number, answered in enumerate(predict(model, ask, examples, *sizes)):
+    def predict_two(self, model, ask, examples, *sizes):
+        for number, answered in enumerate(predict(self, model, ask, examples, *sizes)):
             if number == 2:
                 raise KeyboardInterrupt
             yield answered
 
-    def predict_rest(model, ask, examples, *sizes):
+    def predict_rest(self, model, ask, examples, *sizes):
         asked.extend(examples)
-        return predict(model, ask, examples, *sizes)
+        return predict(self, model, ask, examples, *sizes)
 
-    monkeypatch.setitem(evaluation.PREDICTIONS, kind, predict_two)
+    monkeypatch.setattr(kind, "predict", predict_two)
     args = arguments(checkpoint, data, tmp_path / "cut", tasks=[task])
     with pytest.raises(SystemExit, match="130"):
         run(monkeypatch, *args)
@@ -144,7 +149,7 @@ def test_an_interrupted_run_continues(task, checkpoint, data, tmp_path, monkeypa
     (part,) = (tmp_path / "cut").glob("*.part")
     with open(part, "a") as file:
         file.write('{"number": 2, "example": {"pro')  # a kill in the middle of a line
-    monkeypatch.setitem(evaluation.PREDICTIONS, kind, predict_rest)
+    monkeypatch.setattr(kind, "predict", predict_rest)
     run(monkeypatch, *args)
     total = 40 if task == "loss" else 7
     assert len(asked) == total - 2
@@ -178,9 +183,11 @@ def test_a_spoiled_part_is_answered_again(line, checkpoint, data, tmp_path, monk
     file.with_name(f"{file.name}.rank0.part").write_text(f"{json.dumps(identity)}\n{line}\n")
     run(monkeypatch, *args)
     assert files(tmp_path / "out[1]") == whole
-    file.write_text(f"{line}\n" * 7)  # and an edited file is not taken for finished
-    run(monkeypatch, *args)
-    assert files(tmp_path / "out[1]") == whole
+    edited = file.read_text().replace('"raw_answers": ["ab"]', '"raw_answers": ["ba"]')
+    for text in (f"{line}\n" * 7, edited):  # and an edited file is not taken for finished
+        file.write_text(text)
+        run(monkeypatch, *args)
+        assert files(tmp_path / "out[1]") == whole
 
 
 def test_what_another_model_or_command_made_is_refused(
@@ -195,6 +202,17 @@ def test_what_another_model_or_command_made_is_refused(
     shutil.copytree(adapters[1], other)
     with pytest.raises(SystemExit, match="first.exact.jsonl: was made with another adapter"):
         run(monkeypatch, *args, "--adapter", str(other))
+    shutil.copy(adapters[0] / "expert_cfg.json", other)  # the same experts, other weights
+    tensors = load_file(adapters[0] / "adapter.safetensors")
+    save_file({name: 2 * t for name, t in tensors.items()}, other / "adapter.safetensors")
+    with pytest.raises(SystemExit, match="first.exact.jsonl: was made with another adapter"):
+        run(monkeypatch, *args, "--adapter", str(other))
+    for option, value, name in (
+        ("--dtype", "bfloat16", "dtype"),
+        ("--model_config", "num_experts_per_tok=1", "model_config"),
+    ):
+        with pytest.raises(SystemExit, match=f"was made with another {name} "):
+            run(monkeypatch, *args, option, value)
     settings = checkpoint / "tokenizer_config.json"
     before = settings.read_text()
     try:
@@ -248,12 +266,12 @@ def test_a_file_that_another_evaluation_took_is_not_taken_for_this_one(
 def test_a_kill_before_the_first_answer_or_after_overwriting_loses_nothing(
     checkpoint, data, tmp_path, monkeypatch
 ):
-    out, kind = tmp_path / "out", evaluation.TASKS["exact"].kind
+    out, kind = tmp_path / "out", type(evaluation.TASKS["exact"])
     args = arguments(checkpoint, data, out, tasks=["exact"])
     out.mkdir()
     (out / "base.exact.jsonl.rank0.part").write_text("")  # killed before the first line
     run(monkeypatch, *args)
-    predict = evaluation.PREDICTIONS[kind]
+    predict = kind.predict
 
     def predict_three(*given):
         for number, answered in enumerate(predict(*given)):
@@ -262,13 +280,16 @@ def test_a_kill_before_the_first_answer_or_after_overwriting_loses_nothing(
             yield answered
 
     other = [*args, "--max_new_tokens", "4"]
-    monkeypatch.setitem(evaluation.PREDICTIONS, kind, predict_three)
+    monkeypatch.setattr(kind, "predict", predict_three)
     with pytest.raises(SystemExit, match="130"):
         run(monkeypatch, *other, "--overwrite")
     asked = []
-    monkeypatch.setitem(
-        evaluation.PREDICTIONS, kind, lambda m, a, e, *s: asked.extend(e) or predict(m, a, e, *s)
-    )
+
+    def predict_rest(task, model, ask, examples, *sizes):
+        asked.extend(examples)
+        return predict(task, model, ask, examples, *sizes)
+
+    monkeypatch.setattr(kind, "predict", predict_rest)
     run(monkeypatch, *other)  # with or without the flag
     assert len(asked) == 4
 
@@ -311,29 +332,47 @@ def test_processes_share_the_examples_and_write_the_same_files(
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_the_average_leaves_losses_out_and_waits_for_all_points():
+    metrics = {
+        "base": [{"accuracy": 0.5}, {"loss": 3.0}, {"points": 0.9, "reference loss": 2.0}],
+        "tuned": [{"accuracy": 0.7}, {"loss": 1.0}, {"reference loss": 1.5}],  # not judged
+    }
+    columns = ("exact", "loss", "summary")
+    evaluations = [
+        SimpleNamespace(variant=variant, column=column, result=Result(values, 1, "samples", []))
+        for variant, of in metrics.items()
+        for column, values in zip(columns, of)
+    ]
+    head, *rows = evaluation.table(evaluations).splitlines()
+    assert head.split() == "exact (accuracy) loss (loss) summary (points) average".split()
+    assert [row.split() for row in rows] == [
+        ["base", "0.5000", "3.0000", "0.9000", "0.7000"],
+        ["tuned", "0.7000", "1.0000", "-", "-"],
+    ]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (["--task", "exact"], "2 --task, 1 --data; each task needs its data"),
         (["--judge_url", "http://h/v1"], "--judge_url and --judge_model go together"),
         (["--judge_url", "http://h/v1", "--judge_model", "m"], "--judge_url: no task is judged"),
-        (["--limit", "0"], "--limit is 0; must be at least 1"),
-        (["--task", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--limit", "0"], "limit is 0; must be at least 1"),
+        (["--task", "nonsense"], "task is 'nonsense'; must be one of .*intent"),
+        (["--rescore", "c.jsonl"], "either --model or --rescore is required"),
     ],
 )
-def test_options_that_do_not_go_together(
-    change, message, checkpoint, data, tmp_path, monkeypatch, capsys
-):
+def test_options_that_do_not_go_together(change, message, checkpoint, data, tmp_path, monkeypatch):
     args = arguments(checkpoint, data, tmp_path / "out", *change, tasks=["exact"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=message):
         run(monkeypatch, *args)
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_adapter_or_file_is_refused_before_the_base_is_loaded(
     checkpoint, data, adapters, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: pytest.fail("loaded"))
     next(adapters[1].glob("*.safetensors")).unlink()
     both = [a for path in adapters for a in ("--adapter", path)]
     with pytest.raises(SystemExit, match="second/adapter: an adapter needs a .safetensors file"):
@@ -358,3 +397,23 @@ def test_a_limit_takes_the_first_and_more_continue(checkpoint, data, tmp_path, m
     run(monkeypatch, *args)
     run(monkeypatch, *arguments(checkpoint, data, tmp_path / "whole.jsonl", tasks=["exact"]))
     assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_smaller_limit_leaves_the_answers_that_a_larger_one_needs(
+    checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    args = arguments(checkpoint, data, tmp_path / "out", tasks=["exact"])
+    run(monkeypatch, *args)
+    whole, file = files(tmp_path / "out"), tmp_path / "out/base.exact.jsonl"
+    entry = json.loads((tmp_path / "out/results.json").read_text())[file.name]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    answers = [{"number": n, "example": row["example"]} for n, row in enumerate(rows[:5])]
+    part = file.with_name(f"{file.name}.rank0.part")  # as after a kill behind five answers
+    part.write_text("".join(json.dumps(line) + "\n" for line in (entry["identity"], *answers)))
+    file.unlink()
+    (tmp_path / "out/results.json").unlink()
+    run(monkeypatch, *args, "--limit", "2")
+    capsys.readouterr()
+    run(monkeypatch, *args)
+    assert "5 of 7 answered before" in capsys.readouterr().out
+    assert files(tmp_path / "out") == whole

@@ -1,6 +1,7 @@
 """A run that is killed, interrupted, damaged or out of disk ends as if nothing had happened; what
 is frozen does not move; one step is what the formulas say."""
 
+import inspect
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,11 +19,19 @@ from conftest import ROOT, save_tokenizer, save_with_transformers
 from safetensors.torch import load_file, save_file
 from test_train import metrics, settings
 
-import model as modeling
-import train as training
+import train as trainer
+from adapter import mark_trainable, save_adapter, trained_parameters
+from checkpoint import load_model
 from data import IGNORE
-from model import load_model, mark_trainable, token_losses, trained_parameters
-from train import TrainConfig, checkpoints, train
+from fast import token_losses
+from files import locked
+from model import Block, checkpointed
+from processes import SingleProcess
+from train import train
+from training import directory
+from training.config import TrainConfig
+from training.directory import check_checkpoint, checkpoints
+from training.optimizer import MasterAdamW
 
 
 def result(output: Path) -> dict:
@@ -58,7 +66,11 @@ def test_a_kill_at_any_touch_of_the_file_system(run, tmp_path, monkeypatch):
     that no `finally` tidies up."""
     whole = result(run("whole"))
     calls = [(os, "replace"), (os, "fsync"), (os, "chmod"), (shutil, "rmtree"), (Path, "unlink")]
-    calls += [(Path, "mkdir"), (modeling, "save_file"), (training, "save_file")]
+    calls += [
+        (Path, "mkdir"),
+        (inspect.getmodule(save_adapter), "save_file"),
+        (directory, "save_file"),
+    ]
 
     def kill_at(number: int, folder: str) -> bool:
         """Runs until the `number`-th call; says whether there was one."""
@@ -122,21 +134,11 @@ def test_overwriting_that_is_killed_leaves_neither_a_finished_run_nor_half_of_on
         shutil.copytree(tmp_path / "finished", tmp_path / "run")
 
 
-@pytest.mark.parametrize("moment", ["print_step", "start_step"])
-def test_a_signal_after_the_step_is_not_lost(run, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize("step, saved", [(3, 4), (6, 6)])
+def test_a_signal_after_the_step_is_not_lost(run, tmp_path, monkeypatch, step, saved):
     """Neither between saving and stopping nor behind the last step."""
     whole = result(run("whole"))
-    step = 3 if moment == "print_step" else 6
-    if moment == "print_step":
-        stop_after(monkeypatch, step, lambda: signal.raise_signal(signal.SIGINT))
-    else:
-
-        def start_step(clock):
-            if clock.done == step:
-                signal.raise_signal(signal.SIGINT)
-
-        monkeypatch.setattr(training.Clock, "start_step", start_step)
-    saved = 4 if moment == "print_step" else 6
+    stop_after(monkeypatch, step, lambda: signal.raise_signal(signal.SIGINT))
     message = f"SIGINT after step {saved}; kept: .*step-00000{saved}, from which the same command"
     with pytest.raises(KeyboardInterrupt, match=message):
         run("run", save_steps=100)
@@ -160,20 +162,16 @@ def test_random_kills_of_the_process():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_write_a_checkpoint_and_say_how_to_go_on(checkpoint, chat_file, tmp_path, name):
-    changes = {"steps": 120, "save_steps": 120, "eval_steps": 50}
+    changes = {"steps": 12, "save_steps": 12, "eval_steps": 5}
     config = settings(checkpoint, chat_file, tmp_path / "run", **changes)
-    command = [sys.executable, "train.py"]
+    command = [sys.executable, "tests/signalled.py", name, "0", "5", "train"]
     for key, value in asdict(config).items():
-        if value not in ((), TrainConfig.__dataclass_fields__[key].default):
+        if value not in ([], TrainConfig.__dataclass_fields__[key].default):
             command += [f"--{key}", str(value).lower() if type(value) is bool else str(value)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    lines = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (lines.exists() and lines.read_text()):
-        time.sleep(0.01)
-    process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
-    steps = len(metrics(tmp_path / "run"))
-    assert process.returncode == 130 and 1 <= steps < 120
+    environment = {**os.environ, "SIGNALLED": str(tmp_path / "pid")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    errors, steps = done.stderr, len(metrics(tmp_path / "run"))
+    assert done.returncode == 130 and steps == 5
     assert "finishes the step, then writes a checkpoint" in errors
     kept = tmp_path / f"run/checkpoints/step-{steps:06d}"
     assert f"stopped: {name} after step {steps}; kept: {kept}, from which the same" in errors
@@ -181,12 +179,12 @@ def test_signals_write_a_checkpoint_and_say_how_to_go_on(checkpoint, chat_file, 
     train(config)
     train(settings(checkpoint, chat_file, tmp_path / "whole", **changes))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    last = "checkpoints/step-000120/optimizer.safetensors"
+    last = "checkpoints/step-000012/optimizer.safetensors"
     assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
 
 
 def test_two_runs_do_not_share_a_directory(run, tmp_path):
-    with training.locked(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         with pytest.raises(ValueError, match="run: another process is writing there"):
             run("run")
     run("run")
@@ -203,7 +201,7 @@ def stop_after(monkeypatch, step: int, action) -> None:
         if record["step"] == step:
             action()
 
-    monkeypatch.setattr(training, "print_step", act)
+    monkeypatch.setattr(trainer, "print_step", act)
 
 
 def die():
@@ -289,7 +287,7 @@ def test_what_lies_beside_a_run_and_what_was_changed_in_it(run, tmp_path, monkey
 def test_a_last_step_that_spoils_the_weights_gives_no_adapter(
     run, tmp_path, monkeypatch, validation_fraction
 ):
-    step = training.MasterAdamW.step
+    step = MasterAdamW.step
 
     def spoil(optimizer, learning_rate):
         step(optimizer, learning_rate)
@@ -299,7 +297,7 @@ def test_a_last_step_that_spoils_the_weights_gives_no_adapter(
                 next(iter(optimizer.parameters.values())).fill_(torch.nan)
 
     spoil.steps = 0
-    monkeypatch.setattr(training.MasterAdamW, "step", spoil)
+    monkeypatch.setattr(MasterAdamW, "step", spoil)
     with pytest.raises(FloatingPointError, match="step 6: .*kept: [^ ]*$"):
         run("run", eval_steps=100, validation_fraction=validation_fraction)
     assert not (tmp_path / "run/results.json").exists()
@@ -321,10 +319,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(run, tmp_path, monkeypat
     monkeypatch.undo()
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert left == ["step-000002", "step-000003"]
-    assert all(
-        training.damage(path, training.SingleProcess()) is None
-        for path in checkpoints(tmp_path / "run")
-    )
+    for path in checkpoints(tmp_path / "run"):
+        check_checkpoint(path, SingleProcess())
     assert result(run("run")) == whole
 
 
@@ -332,14 +328,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(run, tmp_path, monkeypat
 def test_what_is_not_finite_stops_the_run_and_keeps_the_state_before(
     run, chat_file, tmp_path, monkeypatch, what
 ):
-    rows_of_step, losses, seen = training.rows_of_step, training.token_losses, []
+    rows_of_step, losses, seen = trainer.rows_of_step, trainer.fast.token_losses, []
     monkeypatch.setattr(
-        training, "rows_of_step", lambda *a: seen.append(rows_of_step(*a)) or seen[-1]
+        trainer, "rows_of_step", lambda *a: seen.append(rows_of_step(*a)) or seen[-1]
     )
 
     def poisoned(model, tokens, *args, **options):
         values, balance = losses(model, tokens, *args, **options)
-        if len(seen) == 4 and options.get("checkpointing") is not None:
+        if len(seen) == 4 and torch.is_grad_enabled():
             if what == "gradient":
                 values.register_hook(lambda grad: grad * torch.nan)
             elif tokens[0].tolist() == poison:
@@ -351,10 +347,10 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_state_before(
     second = seen[3][2:]  # the second micro-batch of step 4
     base = next(iter(tmp_path.glob("rows/train_config.json")))
     config.model = json.loads(base.read_text())["model"]
-    inputs = training.read_inputs(config)
+    inputs = trainer.read_inputs(config)
     poison = inputs.rows.tokens[second[0]].tolist()
     seen.clear()
-    monkeypatch.setattr(training, "token_losses", poisoned)
+    monkeypatch.setattr(trainer.fast, "token_losses", poisoned)
     with pytest.raises(FloatingPointError) as error:
         run("run", save_steps=100)
     message = str(error.value)
@@ -394,7 +390,7 @@ def test_steps_equal_adamw_by_hand_on_transformers_gradients(tmp_path, chat_file
         weight_decay=0.3,
         warmup_steps=2,
     )
-    inputs = training.read_inputs(config)
+    inputs = trainer.read_inputs(config)
     train(config)
     selected = json.loads((tmp_path / "run/expert_cfg.json").read_text())["experts"]
     parameters = dict(oracle.named_parameters())
@@ -416,7 +412,7 @@ def test_steps_equal_adamw_by_hand_on_transformers_gradients(tmp_path, chat_file
     moments = {name: (0.0, 0.0) for name in names}
     uneven = 0
     for step in range(3):
-        chosen = training.rows_of_step(len(inputs.rows.tokens), 4, config.seed, step)
+        chosen = trainer.rows_of_step(len(inputs.rows.tokens), 4, config.seed, step)
         labels = inputs.rows.labels[chosen]
         counts = (labels[:, 1:] != IGNORE).sum(1).view(micro_batches, -1).sum(1)
         uneven += len(set(counts.tolist())) > 1
@@ -485,8 +481,9 @@ def test_checkpointing_changes_no_bit_of_the_gradients(checkpoint, dtype):
     documents = torch.arange(48).expand(2, -1) // 13
     gradients = []
     for checkpointing in (False, True):
+        run_block = checkpointed() if checkpointing else Block.__call__
         losses, balance = token_losses(
-            model, tokens, tokens, documents, balance=True, checkpointing=checkpointing
+            model, tokens, tokens, documents, balance=True, run_block=run_block
         )
         (losses.mean() + 0.1 * balance.sum()).backward()
         gradients.append({n: p.grad for n, p in trained_parameters(model, cfg).items()})

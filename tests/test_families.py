@@ -13,26 +13,14 @@ from conftest import ROOT, make_oracle, one_by_one, random_config, write_checkpo
 from safetensors.torch import load_file, save_file
 
 import model as modeling
+from adapter import load_adapter, mark_trainable, put_tensors, save_adapter, trained_parameters
+from checkpoint import build_model, fingerprint, load_model, read_checkpoint
 from data import pack
-from eval import generate
-from model import (
-    Cache,
-    Gate,
-    ModelConfig,
-    StoredTensor,
-    build_model,
-    fingerprint,
-    load_adapter,
-    load_model,
-    mark_trainable,
-    merge,
-    put_tensors,
-    read_checkpoint,
-    rope_table,
-    save_adapter,
-    token_losses,
-    trained_parameters,
-)
+from fast.loss import token_losses
+from generate import generate
+from merge import merge
+from model import Cache, Gate, ModelConfig, rope_table
+from stored_tensors import StoredTensor
 
 TOKENS = torch.randint(0, 90, (2, 70), generator=torch.Generator().manual_seed(0))
 FAMILIES = {"deepseek": 8, "deepseek_v2": 12, "deepseek_v3": 12}  # how many random configs of each
@@ -302,7 +290,7 @@ def save_fp8(directory, seed: int = 2, block: int = 10, shards: int = 3):
 @pytest.mark.parametrize("block", [10, 16, 128])
 def test_fp8_loads_to_the_exact_values(block, tmp_path, monkeypatch):
     values = save_fp8(tmp_path, block=block)
-    monkeypatch.setattr("model.READ_BYTES", 700)  # several reads a tensor
+    monkeypatch.setattr("stored_tensors.READ_BYTES", 700)  # several reads a tensor
     for dtype in (torch.float32, torch.bfloat16):
         state = load_model(tmp_path, dtype=dtype).state_dict()
         assert state.keys() == values.keys()
@@ -319,7 +307,7 @@ def test_bad_scales_are_named(value, tmp_path):
     tensors = load_file(tmp_path / index[name])
     tensors[name][0, 1] = value
     save_file(tensors, tmp_path / index[name])
-    with pytest.raises(ValueError, match=f"{name} holds a value that is not finite or negative"):
+    with pytest.raises(ValueError, match=f"{name} holds a scale that is negative or not finite"):
         load_model(tmp_path)
 
 
@@ -347,6 +335,22 @@ def test_merged_fp8_is_bfloat16_and_loads_in_transformers(tmp_path):
 # Merging and adapters over every way to store a base
 
 
+def test_merging_a_trained_embedding_takes_a_tied_head_along(tmp_path):
+    """Also where the base stores the head, too."""
+    oracle = make_oracle(1, "deepseek_v3", tie_word_embeddings=True)
+    config = published_config(oracle, "deepseek_v3", 1, new_spelling=True)
+    tensors = one_by_one(dict(oracle.state_dict()))
+    assert "lm_head.weight" in tensors
+    write_checkpoint(tmp_path / "base", config, tensors)
+    model = load_model(tmp_path / "base", dtype=torch.float32)
+    cfg = {"experts": {}, "non_expert_modules": True}
+    put_tensors(model, {name: p * 1.5 for name, p in trained_parameters(model, cfg).items()})
+    save_adapter(model, cfg, tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", dtype=torch.float32)
+    assert torch.equal(merged(TOKENS), model(TOKENS))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_merging_over_every_storage(seed, tmp_path):
     """Fused or not, sharded or not: transformers reads the result with our logits, and the result
@@ -354,7 +358,8 @@ def test_merging_over_every_storage(seed, tmp_path):
     from transformers import DeepseekV3ForCausalLM
 
     save_variant(tmp_path / "base", "deepseek_v3", seed)
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
+        (tmp_path / "base" / name).write_text("{}")
     (tmp_path / "base" / "modeling_deepseek.py").write_text("raise SystemExit")
     model = load_model(tmp_path / "base", dtype=torch.float32)
     cfg = {"experts": {"2": [0, 5]}, "shared_experts": True}
@@ -466,7 +471,8 @@ def test_the_original_code_reads_our_adapters(tmp_path):
 
 MEASURE = """
 import sys, torch
-from model import load_model, merge
+from checkpoint import load_model
+from merge import merge
 def kib(field):
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])
 tiny, large, adapter, merged = sys.argv[1:]

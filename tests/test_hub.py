@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-from model import local_directory
+from checkpoint import local_directory
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # of the one commit
 LARGE = "model-00001-of-00001.safetensors"
@@ -126,7 +126,7 @@ def bodies(hub) -> list[str]:
 
 
 def local(name: str) -> list[str]:
-    return ["-c", f"import model; print(model.local_directory({name!r}))"]
+    return ["-c", f"import checkpoint; print(checkpoint.local_directory({name!r}))"]
 
 
 def select(name: str, chat_file) -> list:

@@ -3,14 +3,16 @@ is never asked again. A local server plays the judge."""
 
 import json
 import threading
-import time
+import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import eval as evaluation
-from eval import Judge, JudgeError, rescore
+from eval import rescore
+from tasks import judge as judging
+from tasks.judge import Judge, JudgeError
 
 
 class Server(ThreadingHTTPServer):
@@ -25,26 +27,43 @@ class Server(ThreadingHTTPServer):
         self.tries: Counter = Counter()
         self.keys: set = set()
         self.lock = threading.Lock()
+        self.ended = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, *_):  # a client that hangs up is part of the test
         pass
 
+    def urlopen(self, request, timeout):
+        """Stands for urllib's. The client waits for a slow answer for a moment, and for any other
+        one as long as it takes, so that a busy machine makes no difference."""
+        assert timeout == judging.SECONDS
+        candidate = candidate_of(request.data)
+        with self.lock:
+            steps = self.behaviour[candidate]
+            number = min(self.tries[candidate], len(steps) - 1)
+            self.tries[candidate] += 1
+        request.add_header("Step", str(number))
+        return URLOPEN(request, timeout=0.1 if steps[number] == "slow" else 60)
+
+
+URLOPEN = urllib.request.urlopen
+
+
+def candidate_of(body: bytes) -> str:
+    text = json.loads(body)["messages"][0]["content"]
+    return text.split("Candidate:\n")[1].split("\n")[0]
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
-        candidate = text.split("Candidate:\n")[1].split("\n")[0]
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        body, step = json.loads(content), int(self.headers["Step"])
         with self.server.lock:
-            number = self.server.tries[candidate]
-            self.server.tries[candidate] += 1
             self.server.keys.add(self.headers["Authorization"])
         assert self.path == "/v1/chat/completions" and body["model"] == "judge-1"
-        steps = self.server.behaviour[candidate]
-        step = steps[min(number, len(steps) - 1)]
+        step = self.server.behaviour[candidate_of(content)][step]
         if step == "slow":
-            time.sleep(1.0)
+            self.server.ended.wait(60)
         elif step == "cut":
             self.connection.close()
         elif isinstance(step, int):
@@ -69,11 +88,12 @@ def completion(content) -> bytes:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(evaluation, "JUDGE_PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(evaluation, "JUDGE_SECONDS", 0.3)
+    monkeypatch.setattr(judging, "PAUSES", (0.01, 0.02))
     with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(urllib.request, "urlopen", server.urlopen)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
+        server.ended.set()
         server.shutdown()
 
 
@@ -125,6 +145,28 @@ def test_failures_are_retried_counted_and_asked_again(server, tmp_path):
     assert "secret" not in (tmp_path / "judge.jsonl").read_text()
 
 
+def test_a_judge_that_answers_in_between_is_not_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "PAUSES", ())
+    server.behaviour = {"down": [503], "good": ["Total score: 8"]}
+    judge, stop = Judge(server.url, "judge-1", "", tmp_path / "judge.jsonl"), threading.Event()
+    for _ in range(judging.REQUESTS):
+        assert judge.ask("Candidate:\ndown\n", stop) is None
+        assert judge.ask("Candidate:\ngood\n", stop) == "Total score: 8"
+
+
+def test_pauses_are_kept_where_the_judge_asks_for_less(server, tmp_path):
+    waited = []
+
+    class Stop(threading.Event):
+        def wait(self, seconds):
+            waited.append(seconds)
+
+    server.behaviour = {"down": [503]}  # with Retry-After: 0
+    judge = Judge(server.url, "judge-1", "", tmp_path / "judge.jsonl")
+    assert judge.ask("Candidate:\ndown\n", Stop()) is None
+    assert waited == list(judging.PAUSES)
+
+
 def test_equal_completions_are_asked_once_and_another_model_anew(server, tmp_path):
     server.behaviour = {"same": ["Total score: 3"]}
     judge = Judge(server.url, "judge-1", "", tmp_path / "judge.jsonl")
@@ -137,10 +179,10 @@ def test_equal_completions_are_asked_once_and_another_model_anew(server, tmp_pat
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_no_retry_mends_ends_the_run_and_loses_nothing(server, tmp_path, status, monkeypatch):
-    monkeypatch.setattr(evaluation, "JUDGE_REQUESTS", 1)
+    monkeypatch.setattr(judging, "REQUESTS", 1)
     server.behaviour = {"good": ["Total score: 8"], "refused": [status]}
     judge = Judge(server.url, "judge-1", "", tmp_path / "judge.jsonl")
-    with pytest.raises(JudgeError, match=f"{server.url}: HTTP {status}"):
+    with pytest.raises(JudgeError, match=f"{server.url}: HTTP Error {status}"):
         judge.points([f"Candidate:\n{c}\n" for c in ("good", "refused")])
     assert server.tries == {"good": 1, "refused": 1}
     again = Judge(server.url, "judge-1", "", tmp_path / "judge.jsonl")
@@ -155,7 +197,7 @@ def test_a_text_that_is_refused_is_missing_and_others_are_judged(server, tmp_pat
 
 
 def test_a_judge_that_is_not_there_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "JUDGE_PAUSES", (0.001,))
+    monkeypatch.setattr(judging, "PAUSES", (0.001,))
     tries = []
 
     def nobody(self, text):
@@ -165,7 +207,7 @@ def test_a_judge_that_is_not_there_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(Judge, "request", nobody)
     judge = Judge("http://127.0.0.1:9/v1", "judge-1", "", tmp_path / "judge.jsonl")
     assert judge.points([f"{n}" for n in range(100)]) == [None] * 100
-    assert len(tries) <= 2 * 2 * evaluation.JUDGE_REQUESTS
+    assert len(tries) <= 2 * 2 * judging.REQUESTS
     monkeypatch.setattr(Judge, "request", lambda self, text: "Total score: 5")
     assert judge.points(["0", "1"]) == [0.5, 0.5]  # back for the next evaluation
 
@@ -221,7 +263,7 @@ def test_a_reply_cut_off_by_a_kill_is_asked_again(server, tmp_path):
 
 
 def test_nobody_there_is_missing_not_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "JUDGE_PAUSES", (0.01,))
+    monkeypatch.setattr(judging, "PAUSES", (0.01,))
     judge = Judge("http://127.0.0.1:9/v1", "judge-1", "", tmp_path / "judge.jsonl")
     assert judge.points(["Candidate:\na\n"]) == [None]
 

@@ -16,6 +16,7 @@ import sys
 import pytest
 import torch
 from conftest import (
+    load_with_adapter,
     make_oracle,
     one_by_one,
     random_config,
@@ -27,29 +28,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import peak_of, quantise, save_large
 
-from benchmarks.v2_lite import V2_LITE
-from model import (
-    EXPERT_PATHS,
-    Cache,
-    ModelConfig,
-    StoredTensor,
-    Transformer,
-    add_lora,
-    build_model,
-    linears,
+from adapter import (
     load_adapter,
-    load_model,
-    lora_parameters,
     mark_trainable,
-    merge,
     put_tensors,
     read_adapter,
     remove_adapter,
-    remove_lora,
     save_adapter,
-    save_lora,
     trained_parameters,
 )
+from benchmarks.v2_lite import V2_LITE
+from checkpoint import build_model, load_model, read_config
+from fast.lora import experts_with_lora
+from lora import add_lora, linears, lora_parameters, remove_lora, save_lora
+from merge import merge
+from model import Cache, ModelConfig, Transformer, experts_loop
+from stored_tensors import StoredTensor
 
 TOKENS = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(0))
 RANK, SCALING = 3, 1.5
@@ -227,6 +221,8 @@ def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(checkpoint):
             assert (p == 0).all()
         else:
             assert 0.8 * bound < p.abs().max() <= bound
+    starts = [p[0] * math.sqrt(p.shape[1]) for n, p in parameters.items() if "lora_A" in n]
+    assert len({tuple(start[:4].tolist()) for start in starts}) == len(starts)  # each its own
     for dtype, seed in ((torch.float32, 5), (torch.float32, 6), (torch.bfloat16, 5)):
         other = load_model(checkpoint, dtype=dtype)
         add_lora(other, rank=8, scaling=2.0, seed=seed)
@@ -276,12 +272,13 @@ def test_loop_and_grouped_agree(carriers, checkpoint, tmp_path):
         for parameter in lora_parameters(model).values():
             parameter.requires_grad_(True)
     moe = model.model.layers[1].mlp
+    moe.experts.put_first([6, 2])  # as an adapter that was trained before leaves them
     x = torch.randn(20, model.config.hidden_size)
     K = model.config.num_experts_per_tok
     indices = torch.rand(20, 5).topk(K, -1).indices  # experts 5 to 7 see no token
     weights = torch.rand(20, K)
     results = []
-    for path in EXPERT_PATHS.values():
+    for path in (experts_loop, experts_with_lora):
         model.zero_grad()
         inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
         y = path(moe, *inputs, indices)
@@ -350,7 +347,7 @@ def test_adapters_swap_and_leave_the_base_bit_identical(checkpoint, tmp_path):
         else:
             load_adapter(model, tmp_path / name)
             assert torch.equal(
-                load_model(checkpoint, adapter=tmp_path / name)(TOKENS), model(TOKENS)
+                load_with_adapter(checkpoint, tmp_path / name)(TOKENS), model(TOKENS)
             )
         assert torch.equal(model(TOKENS), expected[name])
         if name != "esft":
@@ -366,6 +363,11 @@ def test_removing_takes_hooks_and_submodules_off(checkpoint):
     plain = load_model(checkpoint, dtype=torch.float32)
     assert [n for n, _ in model.named_modules()] == [n for n, _ in plain.named_modules()]
     assert torch.equal(model(TOKENS), plain(TOKENS))
+    with torch.no_grad():  # one token after others: the attention takes the weight itself
+        for each, logits in ((model, decoded := []), (plain, expected := [])):
+            cache = Cache.empty(each.config, rows=2, length=9, like=each.lm_head.weight)
+            logits += [each(TOKENS[:, :8], cache), each(TOKENS[:, 8:9], cache)]
+    assert all(map(torch.equal, decoded, expected))
     assert not any(m._forward_hooks for m in model.modules())
     mark_trainable(model, {"experts": {"1": [2]}})  # ESFT goes on
     model(TOKENS).sum().backward()
@@ -448,7 +450,7 @@ def test_merging_rounds_once(stored, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_merging_takes_one_shard(tmp_path):
     save_large(tmp_path / "large", torch.float8_e4m3fn, shards=6)
-    model = build_model(ModelConfig.from_json(tmp_path / "large" / "config.json"))
+    model = build_model(read_config(tmp_path / "large"))
     add_lora(model, rank=8, scaling=2.0)
     save_lora(model, tmp_path / "large-lora")
     del model
@@ -490,11 +492,11 @@ CONFIGS = [
     ({"target_modules": [1]}, r"target_modules is \[1\]"),
     ({"target_modules": None}, "target_modules is None"),
     ({"target_modules": ["k_proj"]}, "selects nothing of this model"),
-    ({"target_modules": ["q_proj"]}, "is not LoRA of a Linear of this model that target_modules"),
+    ({"target_modules": ["q_proj"]}, "is not selected by .*adapter_config.json"),
     ({"target_modules": ["o_proj", "q_proj"]}, "6 selected tensors are missing: .*q_proj.lora_A"),
     ({"target_modules": "all-linear"}, "selected tensors are missing"),
     ({"layers_to_transform": "1"}, "layers_to_transform is '1'"),
-    ({"layers_to_transform": [1]}, "o_proj.lora_A.weight is not LoRA of a Linear"),
+    ({"layers_to_transform": [1]}, "o_proj.lora_A.weight is not selected by"),
     ({"rank_pattern": {"o_proj": 4}}, "rank_pattern is {'o_proj': 4}; not supported"),
     ({"alpha_pattern": {"o_proj": 4}}, "alpha_pattern is"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; not supported"),
@@ -508,9 +510,9 @@ TENSORS = [
     ({f"{O_PROJ}.lora_B.weight": None}, f"1 selected tensors are missing: .*{O_PROJ}.lora_B"),
     ({f"{O_PROJ}.lora_A.weight": torch.zeros(RANK, 7)}, r"o_proj.lora_A.weight has shape \[3, 7\]"),
     ({f"{O_PROJ}.lora_B.weight": torch.zeros(32, 1)}, r"o_proj.lora_B.weight has shape \[32, 1\]"),
-    ({"lm_head.lora_A.weight": torch.zeros(RANK, 32)}, "lm_head.lora_A.weight is not LoRA"),
+    ({"lm_head.lora_A.weight": torch.zeros(RANK, 32)}, "lm_head.lora_A.weight is not selected"),
     ({"model.layers.9.self_attn.o_proj.lora_A.weight": torch.zeros(3, 3)}, "layers.9.* is not"),
-    ({f"{O_PROJ}.lora_magnitude_vector": torch.zeros(32)}, "lora_magnitude_vector is not LoRA"),
+    ({f"{O_PROJ}.lora_magnitude_vector": torch.zeros(32)}, "lora_magnitude_vector is not selected"),
     (
         {f"{O_PROJ}.lora_A.weight": torch.zeros(RANK, 16, dtype=torch.int64)},
         "lora_A.weight (is I64|has shape)",
@@ -532,7 +534,6 @@ def test_wrong_adapters_are_refused_by_name_and_change_nothing(
     write_lora(tmp_path / "lora", changed, **config)
     for attempt in (
         lambda: load_adapter(model, tmp_path / "lora"),
-        lambda: load_model(checkpoint, adapter=tmp_path / "lora"),
         lambda: merge(checkpoint, tmp_path / "lora", tmp_path / "merged"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -542,6 +543,17 @@ def test_wrong_adapters_are_refused_by_name_and_change_nothing(
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert not (tmp_path / "merged").exists()
+
+
+def test_tensors_without_pefts_prefix_are_refused(checkpoint, tmp_path):
+    model = with_lora(checkpoint)
+    good = {n: p for n, p in lora_parameters(model).items() if "o_proj" in n}
+    write_lora(tmp_path, good)
+    load_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: p.detach().clone() for name, p in good.items()}, path)
+    with pytest.raises(ValueError, match="tensor model.layers.* is not LoRA of a Linear"):
+        load_adapter(model, tmp_path)
 
 
 def test_adapters_of_another_base_and_unclear_directories(checkpoint, tmp_path):

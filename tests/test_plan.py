@@ -11,11 +11,19 @@ from conftest import ROOT, random_config
 from test_model import small_config
 from test_train import metrics, settings
 
-import train as training
 from benchmarks.v2_lite import V2_LITE
-from model import MoE, build_model, load_model
-from train import Allocations, MasterAdamW, Rows, SingleProcess, TrainConfig, plan, train
-from train_ep import Rehearsal, exchange_lines, plan_ranks, step_flops
+from checkpoint import build_model, load_model, read_config
+from data import Rows
+from fast import StackedExperts
+from model import ModelConfig
+from processes import SingleProcess
+from train import compute_gradients, train
+from train_ep import Rehearsal, plan_ranks
+from training import report as reporting
+from training.config import TrainConfig
+from training.optimizer import MasterAdamW, mark_trained
+from training.plan import Allocations, exchange_lines, plan, plan_rank, step_bytes, step_flops
+from training.report import report
 
 
 @pytest.mark.parametrize("experts", ["grouped", "loop"])
@@ -39,19 +47,20 @@ def test_planned_bytes_are_those_of_a_real_step(checkpoint, experts, checkpointi
         build_model(load_model(checkpoint).config, "meta", experts=experts),
         load_model(checkpoint, experts=experts),
     ):
-        trained = training.mark_trained(config, model, cfg)
+        trained = mark_trained(config, model, cfg)
         if not peaks:
-            peaks.append(training.step_bytes(config, model, trained, SingleProcess()))
+            peaks.append(step_bytes(config, model, trained, SingleProcess(), compute_gradients))
             continue
         optimizer = MasterAdamW(trained, config)
         tokens = torch.randint(0, 258, (config.batch_size, 256))
         known = [*model.parameters(), *model.buffers(), *optimizer.masters.values()]
         for layer in model.config.moe_layers:
             moe = model.model.layers[layer].mlp
-            known += [moe.gate_up, moe.down]
+            if isinstance(moe.experts, StackedExperts):
+                known += [moe.experts.gate_up, moe.experts.down]
         rows = Rows(tokens, tokens, torch.zeros_like(tokens))
         with Allocations([*known, tokens, rows.documents]) as allocations:
-            training.compute_gradients(config, model, rows, 0.0, optimizer, SingleProcess())
+            compute_gradients(config, model, rows, 0.0, optimizer, SingleProcess())
         peaks.append(allocations.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
 
@@ -71,15 +80,16 @@ def test_planned_bytes_of_the_demo_are_those_of_its_step(checkpointing):
     cfg = {"experts": {"1": [0, 4, 22, 37], "2": [7, 5], "3": [53], "4": [7, 24, 39, 21]}}
     base = load_model(ROOT / "demo/base", dtype=torch.float32)
     meta = build_model(base.config, "meta", torch.float32)
-    marked = training.mark_trained(config, meta, cfg)
-    planned = training.step_bytes(config, meta, marked, SingleProcess())
-    optimizer = MasterAdamW(training.mark_trained(config, base, cfg), config)
+    marked = mark_trained(config, meta, cfg)
+    planned = step_bytes(config, meta, marked, SingleProcess(), compute_gradients)
+    optimizer = MasterAdamW(mark_trained(config, base, cfg), config)
     tokens = torch.randint(0, 1024, (config.batch_size, 256))
     rows = Rows(tokens, tokens, torch.zeros_like(tokens))
-    stacks = [s for m in base.modules() if isinstance(m, MoE) for s in (m.gate_up, m.down)]
+    stacked = [m for m in base.modules() if isinstance(m, StackedExperts)]
+    stacks = [stack for experts in stacked for stack in (experts.gate_up, experts.down)]
     known = [*base.parameters(), *base.buffers(), *stacks, tokens, rows.documents]
     with Allocations(known) as allocations:
-        training.compute_gradients(config, base, rows, 0.0005, optimizer, SingleProcess())
+        compute_gradients(config, base, rows, 0.0005, optimizer, SingleProcess())
     assert planned == pytest.approx(allocations.peak, rel=0.01)
 
 
@@ -97,7 +107,8 @@ def test_a_plan_over_ranks_does_not_depend_on_the_order_of_the_experts():
     for experts in ([0, 1, 6, 7], [6, 7, 0, 1]):
         base = small_config(**sizes)
         cfg = {"experts": {str(layer): experts for layer in base.moe_layers}}
-        needs.append(training.plan_rank(config, base, cfg, Rehearsal(4, 4, 8, cfg)))
+        rank = Rehearsal(4, 4, 8, cfg)
+        needs.append(plan_rank(config, base, cfg, rank, compute_gradients))
     assert needs[0] == needs[1]
 
 
@@ -119,7 +130,7 @@ def test_plan_by_hand(tmp_path):
         device="cuda",
         dtype="bfloat16",
     )
-    meta = build_model(training.ModelConfig.from_json(tmp_path / "base/config.json"), "meta")
+    meta = build_model(read_config(tmp_path / "base"), "meta")
     total = sum(p.numel() for p in meta.parameters())
     expert = 3 * 32 * 8
     cfg = json.loads((tmp_path / "cfg.json").read_text())
@@ -127,7 +138,8 @@ def test_plan_by_hand(tmp_path):
         (1, 4, 16, "4 of 2 rows"),
         (4, 2, 4, "1 of 2 rows"),
     ):
-        need = training.plan_rank(config, meta.config, cfg, Rehearsal(ranks, ranks, 8, cfg))
+        rank = Rehearsal(ranks, ranks, 8, cfg)
+        need = plan_rank(config, meta.config, cfg, rank, compute_gradients)
         assert need["trained"] == mine * expert  # of four ranks the first: experts 0 and 1
         assert need["held"] == total - (16 - experts) * expert
         assert need["weights"] == 2 * need["held"]
@@ -141,7 +153,7 @@ def test_plan_by_hand(tmp_path):
             # At least the largest that must be: float32 gradients, and a row's logits twice.
             assert activations > 2 * 16 * fields["vocab_size"] * 4
         assert 0 < need["activations", True] < need["activations", False]
-    for text in (plan(config), plan_ranks(config, [1, 4], None)):
+    for text in (plan(config, compute_gradients), plan_ranks(config, [1, 4], None)):
         assert f"{total:,} parameters" in text and "GPU of 24 GB" in text
     for ranks, ep_size in ((3, None), (4, 3), (8, 16)):
         with pytest.raises(
@@ -150,13 +162,13 @@ def test_plan_by_hand(tmp_path):
             plan_ranks(config, [ranks], ep_size)
     (tmp_path / "cfg.json").write_text(json.dumps({"experts": {"1": []}}))
     with pytest.raises(ValueError, match="cfg.json: selects nothing to train"):
-        plan(config)
+        plan(config, compute_gradients)
     config.device = "gpu"
     with pytest.raises(ValueError, match="device is 'gpu'; must be cpu or cuda"):
-        plan(config)
+        plan(config, compute_gradients)
     config.device, config.expert_config = "cuda", "nowhere.json"
     with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
-        plan(config)
+        plan(config, compute_gradients)
 
 
 def test_plan_of_v2_lite_and_what_it_assumes(tmp_path):
@@ -185,7 +197,7 @@ def test_what_ranks_exchange_by_hand():
         dtype="bfloat16",
         device="cuda",
     )
-    base = training.ModelConfig(**V2_LITE)
+    base = ModelConfig(**V2_LITE)
     # Forward and backward of the linear layers, and 0.57 GFLOP of attention, 2.5 times in backward.
     assert step_flops(config, base) == pytest.approx(2 * 4.9e9 + 3.5 * 0.57e9, rel=0.01)
     columns = [Rehearsal(8, 8, 64, None), Rehearsal(16, 4, 64, None)]
@@ -209,10 +221,10 @@ def lines_of(config, base, columns) -> list[str]:
 def test_a_plan_takes_the_selection_of_its_own_run_alone(checkpoint, chat_file, tmp_path):
     config = settings(checkpoint, chat_file, tmp_path / "run", steps=1)
     train(config)
-    assert "the experts of" in plan(config)
+    assert "the experts of" in plan(config, compute_gradients)
     for changes in ({"top_p": 0.9}, {"selection": "random"}, {"overwrite": True}):
         other = settings(checkpoint, chat_file, tmp_path / "run", steps=1, **changes)
-        assert "assumed: they are not selected yet" in plan(other)
+        assert "assumed: they are not selected yet" in plan(other, compute_gradients)
 
 
 def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monkeypatch):
@@ -220,7 +232,7 @@ def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monk
     evaluation.write_text(json.dumps({"prompt": "a", "raw_answers": ["b"]}) + "\n")
     config = settings(checkpoint, chat_file, tmp_path / "run", eval_sets=[f"exact:{evaluation}"])
     results = train(config)
-    assert training.report(config) == ["report.txt", "report.png"]
+    assert report(config) == ["report.txt", "report.png"]
     assert (tmp_path / "run/report.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "run/report.txt").read_text()
     lines = text.splitlines()
@@ -252,11 +264,11 @@ def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monk
         assert [float(x) for x in line[2:]] == pytest.approx([*held, moved], abs=6e-4)
     lora = settings(checkpoint, chat_file, tmp_path / "lora", method="lora", steps=2)
     train(lora)
-    training.report(lora)
+    report(lora)
     text = (tmp_path / "lora/report.txt").read_text()
     assert "selected" not in text and len(text.splitlines()[-1].split()) == 2
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
-    assert training.report(config) == ["report.txt"]
+    monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda name: None)
+    assert report(config) == ["report.txt"]
     assert "pip install matplotlib" in (tmp_path / "run/report.txt").read_text()
 
 

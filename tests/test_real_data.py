@@ -7,7 +7,8 @@ import pytest
 from conftest import SHARED, save_with_transformers
 from test_data import deepseek_tokenizer
 
-from train import TrainConfig, train
+from train import train
+from training.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="the published data is not here")
 

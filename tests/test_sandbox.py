@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED
 
-import sandbox
-from sandbox import missing_guards, run_program, run_programs
+from tasks import sandbox
+from tasks.sandbox import missing_guards, run_programs
 
+FILE = ROOT / "tasks/sandbox.py"
 HUMAN_EVAL = SHARED / "HumanEval.jsonl.gz"
 ADD = "\ndef add(a, b):\n    return a + b\n"
 WRONG = "\ndef add(a, b):\n    return 0\n"
@@ -26,8 +27,13 @@ TEST = "def check(f):\n    assert f(2, 3) == 5\n    assert abs(f(2, 3)) == 5\nch
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's guards")
 
 
-def processes_of(words: str) -> list[str]:
-    """The command lines of processes that hold `words`, this one's apart."""
+def run_program(solution: str, test: str, seconds: float = 10.0) -> str:
+    (verdict,) = run_programs([(solution, test)], seconds)
+    return verdict
+
+
+def processes_of(words: str) -> list[Path]:
+    """The folders in /proc of processes with `words` in their command line, this one's apart."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -35,15 +41,16 @@ def processes_of(words: str) -> list[str]:
         except OSError:
             continue
         if words in line and int(path.parent.name) != os.getpid():
-            found.append(line)
+            found.append(path.parent)
     return found
 
 
-def none_left(words: str, seconds: float = 5.0) -> bool:
+def becomes_true(condition, seconds: float = 120.0) -> bool:
+    """Waits for a condition, with a bound that a busy machine keeps, too."""
     until = time.monotonic() + seconds
-    while processes_of(words) and time.monotonic() < until:
+    while not condition() and time.monotonic() < until:
         time.sleep(0.05)
-    return not processes_of(words)
+    return condition()
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def outside(tmp_path, monkeypatch):
         (before.st_mode, before.st_uid, before.st_mtime_ns)
     )
     assert list((tmp_path / "temporary").iterdir()) == []
-    assert processes_of(str(ROOT / "sandbox.py")) == []
+    assert processes_of(str(FILE)) == []
     assert processes_of("marker-of-test-sandbox") == []
 
 
@@ -136,8 +143,8 @@ def test_good_programs_pass(name, outside):
         pytest.importorskip("numpy")
     act = GOOD[name].replace("SECRET", repr(str(outside / "secret")))
     start = time.monotonic()
-    assert run_program(act + ADD, TEST) == "passed"
-    assert time.monotonic() - start < 8  # nobody waits for threads
+    assert run_program(act + ADD, TEST, seconds=100) == "passed"
+    assert time.monotonic() - start < 90  # nobody waits for threads
 
 
 def test_verdicts_of_wrong_programs(outside):
@@ -309,9 +316,9 @@ def test_hostile_programs_fail_and_do_nothing(name, outside, monkeypatch):
     act, solution, expected = HOSTILE[name]
     act = act.replace("SECRET'", str(outside / "secret") + "'").replace("OUTSIDE", str(outside))
     start = time.monotonic()
-    verdict = run_program(f"{act}\n{solution}", TEST, seconds=1.0)
-    assert re.fullmatch(expected, verdict)
-    assert time.monotonic() - start < 5
+    seconds = 0.5 if "timed out" in expected else 100
+    assert re.fullmatch(expected, run_program(f"{act}\n{solution}", TEST, seconds))
+    assert time.monotonic() - start < 90
 
 
 # ------------------------------------------------------------------------------------------
@@ -378,9 +385,17 @@ print(json.dumps(refused))
 """
     attempts = {name: text for name, text in ATTEMPTS.items() if name in STOPS[guard]}
     command = [sys.executable, "-c", program, str(outside / "secret"), json.dumps(attempts)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=FILE.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [*attempts, "thread"]
+
+
+def test_the_hook_compares_whole_names_of_folders(tmp_path):
+    hook = sandbox.audit_hook([str(tmp_path / "lib")])
+    hook("open", (str(tmp_path / "lib/code.py"), "r", os.O_RDONLY))
+    for path in ("lib-secret", "lib2/code.py", "li", ""):
+        with pytest.raises(PermissionError):
+            hook("open", (str(tmp_path / path), "r", os.O_RDONLY))
 
 
 @linux
@@ -392,7 +407,7 @@ print(json.dumps(refused))
     ],
 )
 def test_what_is_missing_is_said_and_the_rest_still_guards(broken, name, tmp_path, outside):
-    text = (ROOT / "sandbox.py").read_text()
+    text = FILE.read_text()
     assert broken[0] in text
     file = tmp_path / "without.py"
     file.write_text(text.replace(*broken))
@@ -401,9 +416,10 @@ def test_what_is_missing_is_said_and_the_rest_still_guards(broken, name, tmp_pat
     spec.loader.exec_module(without)
     (missing,) = [guard for guard in without.missing_guards() if guard not in missing_guards()]
     assert missing.startswith(name)
-    assert without.run_program(ADD, TEST) == "passed"
+    assert without.run_programs([(ADD, TEST)]) == ["passed"]
     for act in (f"open({str(outside / 'secret')!r})", "import os\nos.fork()"):
-        assert without.run_program(act + ADD, TEST).startswith("PermissionError")
+        (verdict,) = without.run_programs([(act + ADD, TEST)])
+        assert verdict.startswith("PermissionError")
 
 
 def test_numbers_of_system_calls():
@@ -434,10 +450,10 @@ def test_numbers_of_system_calls():
 
 def test_start_up_is_not_the_program_s_time(outside, tmp_path, monkeypatch):
     slow = tmp_path / "slow-python"
-    slow.write_text(f'#!/bin/sh\nsleep 1.5\nexec {sys.executable} "$@"\n')
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec {sys.executable} "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
-    assert run_program(ADD, TEST, seconds=1.0) == "passed"
+    assert run_program(ADD, TEST, seconds=2.5) == "passed"
 
 
 def test_a_python_that_does_not_start_is_no_verdict(tmp_path, monkeypatch):
@@ -452,21 +468,23 @@ def test_a_python_that_does_not_start_is_no_verdict(tmp_path, monkeypatch):
 @linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_child_outlives_its_parent(number, outside):
-    program = "import sandbox\nsandbox.run_programs([('while True: pass', '')] * 9, 20, workers=2)"
+    program = "import sandbox\nsandbox.run_programs([('while 1: pass', '')] * 9, 9999, workers=2)"
     environment = {**os.environ, "TMPDIR": str(outside.parent)}
     command = [sys.executable, "-c", program]
-    parent = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    parent = subprocess.Popen(command, cwd=FILE.parent, env=environment, stderr=subprocess.PIPE)
+
+    def two_have_started() -> bool:
+        """A child that is still starting would die of its closed pipe anyway."""
+        states = [(path / "status").read_text() for path in processes_of(str(FILE))]
+        return len(states) == 2 and all("NoNewPrivs:\t1" in state for state in states)
+
     try:
-        until = time.monotonic() + 30
-        while len(processes_of(str(ROOT / "sandbox.py"))) < 2 and time.monotonic() < until:
-            time.sleep(0.05)
-        assert len(processes_of(str(ROOT / "sandbox.py"))) == 2
-        time.sleep(1)  # one that is still starting would die of its closed pipe anyway
+        assert becomes_true(two_have_started)
         parent.send_signal(number)
-        _, said = parent.communicate(timeout=10)
+        _, said = parent.communicate(timeout=120)
     finally:
         parent.kill()
     assert (b"KeyboardInterrupt" in said) == (number == signal.SIGINT)
-    assert none_left(str(ROOT / "sandbox.py"))
+    assert becomes_true(lambda: not processes_of(str(FILE)))
     left = list(outside.parent.glob("sandbox-*"))
     assert left == [] or number == signal.SIGKILL  # which leaves no time to tidy up

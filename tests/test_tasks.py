@@ -1,435 +1,73 @@
-"""Every task: a published row becomes the prompt written here by hand, an answer its score.
-Likelihoods are held against transformers, published solutions against their tests."""
+"""Tasks: a published row becomes the prompt written here by hand, an answer its score, and what is
+saved scores the same again."""
 
 import json
 import re
-import string
+from types import SimpleNamespace
 
 import pytest
-import tokenizers
-import torch
-from conftest import SHARED, save_tokenizer, save_with_transformers
-
-from data import Tokenizer, load_tokenizer, read_rows
-from eval import (
-    TASKS,
-    Ask,
-    answer_file,
-    choice_likelihoods,
-    final_number,
-    join_choice,
-    judge_prompt,
-    program,
-    read_examples,
-    read_points,
-    rescore,
-    score,
-    score_number,
-    score_trivia,
-    write_records,
+from conftest import SHARED
+from published_rows import (
+    ARC_FILE,
+    ARC_HUB,
+    ARC_TEXTS,
+    CHAT,
+    CIRCLE,
+    CLUEWSC,
+    FUNCTION,
+    GENERIC,
+    GSM8K,
+    HELLASWAG,
+    MBPP,
+    PLAIN,
+    TRIVIA,
+    TRIVIA_HUB,
+    read_row,
+    without,
+    write_rows,
 )
-from model import load_model
-from sandbox import run_programs
 
-BOS, EOS = 0, 1  # of the tokenizer that save_tokenizer makes
-HUMAN_EVAL, GSM8K = SHARED / "HumanEval.jsonl.gz", SHARED / "gsm8k_test.jsonl"
-PLAIN = Ask(None, plain=True)
-CHAT = Ask(Tokenizer(None, BOS, EOS, "deepseek_v2"))
+import tasks
+from checkpoint import load_model
+from data import load_tokenizer
+from eval import rescore
+from files import write_lines
+from tasks import TASKS, Ask, answer_file, find_tasks, read_examples, score
+from tasks.judge import read_points
+from tasks.text import final_number, score_exact, score_intent, score_number, score_trivia
 
+NEW_TASK = """
+from tasks.common import Task, by_row, read_answers
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
+def score_reverse(prediction, answers):
+    return int(prediction.strip()[::-1] in answers)
 
-
-def read_row(folder, task, row, ask=PLAIN) -> dict:
-    """The example that a file of one row gives."""
-    (example,) = read_examples(write_rows(folder / "rows.jsonl", [row]), task, ask)
-    return example
-
-
-def without(row: dict, name: str) -> dict:
-    return {key: value for key, value in row.items() if key != name}
-
-
-# ------------------------------------------------------------------------------------------
-# Likelihoods
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small models gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", params=[1, 2])
-def base(request, tmp_path_factory):
-    """A random base's folder and transformers' model of it."""
-    path = tmp_path_factory.mktemp("base")
-    oracle = save_with_transformers(path, request.param, vocab_size=258)
-    save_tokenizer(path)
-    return path, oracle
-
-
-@torch.no_grad()
-def answer_logits(oracle, given: list[int], answer: list[int]) -> torch.Tensor:
-    """transformers' log-probabilities (tokens of the answer, vocabulary), of this sequence alone,
-    and each before its own token."""
-    logits = oracle(torch.tensor([given + answer])).logits[0]
-    return logits.double().log_softmax(-1)[len(given) - 1 : -1]
-
-
-def log_likelihood(oracle, given: list[int], answer: list[int]) -> float:
-    return answer_logits(oracle, given, answer)[range(len(answer)), answer].sum().item()
-
-
-# prompt, choices, how each goes on behind the prompt, which one is right
-CHOICES = [
-    ("2 + 2 =\nA. 3\nB. 4\nAnswer:", ["A", "B", "C", "D"], [" A", " B", " C", " D"], 1),
-    ("The cat", ["sat on the mat.", "is", "ate it"], [" sat on the mat.", " is", " ate it"], 0),
-    ("It ends with a space: ", ["x", "xyz", "Xyz"], ["x", "xyz", "Xyz"], 1),
-    ("马克打了他。\n答案：", ["是", "不是"], ["是", "不是"], 0),
-    ("中文, then Latin：", ["right", "一二三"], ["right", "一二三"], 1),
-    ("Go", ["left", "on and on and on and on"], [" left", " on and on and on and on"], 1),
-]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_choices_score_as_transformers_has_them(base, batch_size, tmp_path):
-    path, oracle = base
-    encode = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode
-    expected, hits, normalised_hits = [], 0, 0
-    for prompt, choices, texts, right in CHOICES:
-        given = [BOS, *encode(prompt).ids]
-        logs = [log_likelihood(oracle, given, encode(text).ids) for text in texts]
-        by_letter = [log / len(choice) for log, choice in zip(logs, choices)]
-        expected.append(logs)
-        hits += max(logs) == logs[right]
-        normalised_hits += max(by_letter) == by_letter[right]
-    assert hits != normalised_hits  # or the test could not tell them apart
-    rows = [{"prompt": p, "choices": c, "answer": right} for p, c, _, right in CHOICES]
-    data = write_rows(tmp_path / "choices.jsonl", rows)
-    model = load_model(path, dtype=torch.float32)
-    tokenizer = load_tokenizer(path)
-    result = score("choice", answer_file(model, tokenizer, "choice", data, batch_size=batch_size))
-    for record, logs, (_, choices, _, _) in zip(result.records, expected, CHOICES):
-        example = record["example"]
-        assert example["loglikelihoods"] == pytest.approx(logs, rel=1e-4)
-        assert example["raw_prediction"] == choices[logs.index(max(logs))]
-    assert result.metrics == {
-        "accuracy": pytest.approx(hits / len(CHOICES)),
-        "normalised": pytest.approx(normalised_hits / len(CHOICES)),
-    }
-
-
-def test_a_choice_that_merges_with_the_prompt_counts_from_the_merged_token(tmp_path):
-    """The last byte of 题 and the first of 是 are one token of this tokenizer: what differs from
-    the prompt's own tokens begins one token earlier, for both choices."""
-    oracle = save_with_transformers(tmp_path, 1, vocab_size=259)
-    save_tokenizer(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    (last, first) = (tokenizers.Tokenizer.from_file(str(file)).encode(c).tokens for c in "题是")
-    raw = json.loads(file.read_text())
-    raw["model"]["vocab"][last[-1] + first[0]] = 258
-    raw["model"]["merges"] = [[last[-1], first[0]]]
-    file.write_text(json.dumps(raw))
-    encode = tokenizers.Tokenizer.from_file(str(file)).encode
-    prompt, merged, plain = (encode(text).ids for text in ("问题", "问题是", "问题不是"))
-    assert merged[: len(prompt)] != prompt and merged[len(prompt) - 1] == 258
-    assert plain[: len(prompt)] == prompt
-    given, known = [BOS, *prompt[:-1]], len(prompt) - 1
-    expected = [log_likelihood(oracle, given, ids[known:]) for ids in (merged, plain)]
-    example = {"prompt": "问题", "choices": ["是", "不是"]}
-    model = load_model(tmp_path, dtype=torch.float32)
-    (found,) = choice_likelihoods(model, load_tokenizer(tmp_path), [example])
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-def half_likely(oracle, tokenizer, given: list[int], space: str) -> str:
-    """Two letters of which greedy decoding would choose the second, or an accuracy would be 0."""
-    for letter in string.ascii_letters:
-        answer = tokenizer.encode(space + letter).ids
-        likeliest = answer_logits(oracle, given, [*answer, EOS])[-1].argmax().item()
-        if (second := tokenizer.decode([likeliest])) in string.ascii_letters:
-            return letter + second
-
-
-@pytest.mark.parametrize("chat_format, space", [("deepseek_v2", " "), ("deepseek_v3", "")])
-def test_without_a_judge_loss_and_accuracy_of_references_are_transformers(
-    base, chat_format, space, tmp_path
-):
-    path, oracle = base
-    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    rows, loss, hits, count = [], 0.0, 0, 0
-    for question, rest in (("Sum up: ab", ""), ("翻译", ", a longer one"), ("?", "。")):
-        prompt = f"User: {question}\n\nAssistant:"
-        given = [BOS, *tokenizer.encode(prompt).ids]
-        text = half_likely(oracle, tokenizer, given, space) + rest
-        answer = [*tokenizer.encode(space + text).ids, EOS]
-        logs = answer_logits(oracle, given, answer)
-        loss -= logs[range(len(answer)), answer].sum().item()
-        hits += (logs.argmax(1) == torch.tensor(answer)).sum().item()
-        count += len(answer)
-        rows.append({"prompt": prompt, "raw_answers": [text, "not this one"]})
-    assert 3 <= hits < count
-    model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path, chat_format)
-    data = write_rows(tmp_path / "summary.jsonl", rows)
-    result = score("summary", answer_file(model, tokenizer, "summary", data, max_new_tokens=1))
-    assert result.metrics == {
-        "reference loss": pytest.approx(loss / count, rel=1e-4),
-        "reference accuracy": pytest.approx(hits / count),
-    }
-    assert (result.missing, [record["score"] for record in result.records]) == (3, [None] * 3)
-
-
-# ------------------------------------------------------------------------------------------
-# Multiple choice
-
-
-DEV = """\
-What is 1 + 1?,1,2,3,4,B
-"He said ""no"", twice.",a,"b, c",d,"e ""f\""",A
-"Statement 1 | x
-Statement 2 | y","True, True","False, False","True, False","False, True",C
-Q4,a4,b4,c4,d4,D
-Q5,a5,b5,c5,d5,A
-Q6,a6,b6,c6,d6,B
+TASKS = {"reverse": Task("rows of prompt and raw_answers", by_row(read_answers), score_reverse)}
 """
-TEST = '"Find it,\nif you can.",zero,one,two,three,D\n'
 
 
-def write_folder(folder, files: dict[str, str]):
-    for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
+def test_a_task_is_added_with_one_file(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "task_of_a_test.py").write_text(NEW_TASK)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    found = find_tasks()
+    assert [*TASKS, "reverse"] == sorted(found, key=[*TASKS, "reverse"].index)
+    monkeypatch.setitem(TASKS, "reverse", found["reverse"])
+    row = {"prompt": "User: ab\n\nAssistant:", "raw_answers": ["ba"]}
+    data = write_rows(tmp_path / "data.jsonl", [row])
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    (example,) = answer_file(model, tokenizer, "reverse", data, max_new_tokens=3)
+    assert example.keys() == {"prompt", "raw_answers", "raw_prediction"}
+    result = score("reverse", [example | {"raw_prediction": said} for said in (" ab", "ba")])
+    assert (result.mean, [record["score"] for record in result.records]) == (0.5, [1, 0])
+    write_lines(tmp_path / "saved.jsonl", result.records)
+    assert rescore(tmp_path / "saved.jsonl", "reverse") == (result, 2)
 
 
-def test_mmlu_prompt_is_the_published_layout(tmp_path):
-    files = {"dev/abstract_algebra_dev.csv": DEV, "test/abstract_algebra_test.csv": TEST}
-    (example,) = read_examples(write_folder(tmp_path, files), "mmlu", CHAT)
-    assert example == {
-        "prompt": """\
-The following are multiple choice questions (with answers) about  abstract algebra.
-
-What is 1 + 1?
-A. 1
-B. 2
-C. 3
-D. 4
-Answer: B
-
-He said "no", twice.
-A. a
-B. b, c
-C. d
-D. e "f"
-Answer: A
-
-Statement 1 | x
-Statement 2 | y
-A. True, True
-B. False, False
-C. True, False
-D. False, True
-Answer: C
-
-Q4
-A. a4
-B. b4
-C. c4
-D. d4
-Answer: D
-
-Q5
-A. a5
-B. b5
-C. c5
-D. d5
-Answer: A
-
-Find it,
-if you can.
-A. zero
-B. one
-C. two
-D. three
-Answer:""",
-        "raw_answers": ["D"],
-        "choices": ["A", "B", "C", "D"],
-        "subject": "abstract_algebra",
-    }
-    assert [join_choice("Answer:", c) for c in "AD"] == ["Answer: A", "Answer: D"]
-
-
-def test_mmlu_is_the_mean_over_questions_with_subjects_apart(tmp_path):
-    row = "q,1,2,3,4,A\n"
-    files = {
-        "dev/law_dev.csv": DEV,
-        "dev/art_dev.csv": DEV,
-        "test/law_test.csv": 3 * row,
-        "test/art_test.csv": row + "\n",  # an empty line counts for nothing
-    }
-    examples = read_examples(write_folder(tmp_path, files), "mmlu", PLAIN)
-    assert [e["subject"] for e in examples] == ["art", "law", "law", "law"]
-    for example, right in zip(examples, (True, False, True, False)):
-        example["loglikelihoods"] = [-1.0 if right else -3.0, -2.0, -4.0, -4.0]
-    result = score("mmlu", examples)
-    assert (result.mean, result.count) == (0.5, 4)
-    assert result.groups == {"art": 1.0, "law": pytest.approx(1 / 3)}
-
-
-@pytest.mark.parametrize(
-    "task, files, error, message",
-    [
-        ("mmlu", {"dev/a_dev.csv": DEV}, OSError, r"holds no test/SUBJECT_test\.csv"),
-        ("mmlu", {"test/a_test.csv": TEST}, OSError, r"dev/a_dev\.csv: no such file"),
-        (
-            "mmlu",
-            {"dev/a_dev.csv": DEV, "test/a_test.csv": f"{TEST}q,1,2,3,E,A,\nq,1,2,3,4\n"},
-            ValueError,
-            r"test/a_test\.csv: line 4: 5 cells; 6 are required",
-        ),
-        (
-            "mmlu",
-            {"dev/a_dev.csv": DEV, "test/a_test.csv": TEST + TEST.replace(",D\n", ",E\n")},
-            ValueError,
-            r"test/a_test\.csv: line 3: the answer is 'E'; it must be one of the 4 choices",
-        ),
-        (
-            "mmlu",
-            {"dev/a_dev.csv": DEV, "test/a_test.csv": "\n"},
-            ValueError,
-            r"test/a_test\.csv: the file has no rows",
-        ),
-        ("ceval", {"test/a_test.csv": TEST}, OSError, r"holds no val/SUBJECT_val\.csv"),
-        (
-            "ceval",
-            {"dev/a_dev.csv": "id,question,A,B,C,D,answer,explanation\n", "val/a_val.csv": "\n"},
-            ValueError,
-            r"dev/a_dev\.csv: the file has no rows",
-        ),
-        (
-            "ceval",
-            {
-                "dev/a_dev.csv": "id,question,A,B,C,D,answer,explanation\n0,q,1,2,3,4,A,e\n",
-                "val/a_val.csv": "id,question,A,B,C,D,answer\n0,q,1,2,3,4,\n",
-            },
-            ValueError,
-            r"val/a_val\.csv: line 2: the answer is ''; it must be one of the 4 choices",
-        ),
-    ],
-)
-def test_bad_folders(task, files, error, message, tmp_path):
-    with pytest.raises(error, match=message):
-        read_examples(write_folder(tmp_path, files), task, PLAIN)
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_ceval_prompt_by_hand(named, tmp_path):
-    dev = "".join(f"{i},问题{i},甲,乙,丙,丁,{'ABCDAB'[i]},解释{i}\n" for i in range(6))
-    files = {
-        "dev/high_school_history_dev.csv": f"id,question,A,B,C,D,answer,explanation\n{dev}",
-        "val/high_school_history_val.csv": 'id,question,A,B,C,D,answer\n0,"谁,何时？",1,2,3,4,C\n',
-        "test/high_school_history_test.csv": "id,question,A,B,C,D\n0,不公布,1,2,3,4\n",
-    }
-    if named:
-        mapping = {"high_school_history": ["High School History", "高中历史", "Humanities"]}
-        files["subject_mapping.json"] = json.dumps(mapping)
-    (example,) = read_examples(write_folder(tmp_path, files), "ceval", PLAIN)
-    options = "A. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
-    assert example["prompt"] == (
-        f"以下是中国关于{'高中历史' if named else 'high school history'}考试的单项选择题，"
-        "请选出其中的正确答案。\n\n"
-        f"问题0\n{options}A\n\n问题1\n{options}B\n\n问题2\n{options}C\n\n问题3\n{options}D\n\n"
-        f"问题4\n{options}A\n\n"
-        "谁,何时？\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
-    )
-    assert example["raw_answers"] == ["C"]
-    assert join_choice(example["prompt"], "C").endswith("答案：C")
-
-
-HELLASWAG = {
-    "ind": 24,
-    "activity_label": "Roof shingle removal",
-    "ctx_a": "A man is sitting on a roof.",
-    "ctx_b": "he",
-    "ctx": "A man is sitting on a roof. he",
-    "split": "val",
-    "endings": [
-        "is using wrap.",
-        "is ripping level tiles off.",
-        "holds a cube.",
-        "starts pulling.",
-    ],
-    "label": 3,
-}
-WIKIHOW = {
-    "activity_label": "Food",
-    "ctx_a": "[header] How to boil eggs [title] Buy eggs. [step] Take six.",
-    "ctx_b": "",
-    "endings": ["[substeps] Go  home [title] Rest.", "Boil [sic] them.", "Eat.", "Sleep."],
-    "label": "1",
-}
-ARC_TEXTS, ARC_LABELS = ["dry palms", "wet palms", "oil", "lotion"], ["1", "2", "3", "4"]
-ARC_FILE = {
-    "id": "MCAS_2000_4_6",
-    "question": {
-        "stem": "Which surface gives the most heat?",
-        "choices": [{"text": t, "label": n} for t, n in zip(ARC_TEXTS, ARC_LABELS)],
-    },
-    "answerKey": "3",
-}
-ARC_HUB = {
-    "id": "Mercury_7175875",
-    "question": "Which surface gives the most heat?",
-    "choices": {"text": ARC_TEXTS, "label": ["A", "B", "C", "D"]},
-    "answerKey": "B",
-}
-CLUEWSC = {
-    "target": {"span2_index": 25, "span1_index": 0, "span1_text": "马克", "span2_text": "他"},
-    "idx": 0,
-    "label": "false",
-    "text": "马克告诉皮特许多关于他自己的谎言，他应该更真实。",
-}
-WSC_PROMPT = f"{CLUEWSC['text']}\n问题：上文中的“他”指的是“马克”吗？\n答案："
-GENERIC = {"prompt": "Sky?", "choices": ["blue", "green"], "answer": 1}
-
-
-@pytest.mark.parametrize(
-    "task, row, prompt, choices, right",
-    [
-        (
-            "hellaswag",
-            HELLASWAG,
-            "Roof shingle removal: A man is sitting on a roof. He",
-            HELLASWAG["endings"],
-            3,
-        ),
-        (
-            "hellaswag",
-            WIKIHOW,
-            "Food: How to boil eggs. Buy eggs. Take six.",
-            [" Go home. Rest.", "Boil them.", "Eat.", "Sleep."],
-            1,
-        ),
-        ("arc", ARC_FILE, "Question: Which surface gives the most heat?\nAnswer:", ARC_TEXTS, 2),
-        ("arc", ARC_HUB, "Question: Which surface gives the most heat?\nAnswer:", ARC_TEXTS, 1),
-        ("cluewsc", CLUEWSC, WSC_PROMPT, ["是", "不是"], 1),
-        ("cluewsc", CLUEWSC | {"label": "true"}, WSC_PROMPT, ["是", "不是"], 0),
-        ("choice", GENERIC, "Sky?", ["blue", "green"], 1),
-        ("choice", GENERIC | {"answer": "blue"}, "Sky?", ["blue", "green"], 0),
-    ],
-)
-def test_choice_rows_by_hand(task, row, prompt, choices, right, tmp_path):
-    assert read_row(tmp_path, task, row) == {
-        "prompt": prompt,
-        "choices": choices,
-        "raw_answers": [choices[right]],
-    }
+def test_two_tasks_of_one_name_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "second_task_of_a_test.py").write_text('TASKS = {"exact": None}')
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    with pytest.raises(ValueError, match="another file has a task exact, too"):
+        find_tasks()
 
 
 @pytest.mark.parametrize(
@@ -479,6 +117,44 @@ def test_bad_rows_are_named(task, row, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "prediction, score",
+    [
+        (' {"intent": "A", "slots": {"x": "1", "y": ["p", "q"]}}。\n\nmore', 1),
+        ('{"intent": "A", "slots": {"y": ["q", "p"], "x": "1"}}', 1),  # order does not matter
+        (
+            '```json\n{"intent": "A", "slots": {"x": " 1", "y": ["p ", "q"]}}\n```',
+            1,
+        ),  # spaces are dropped
+        ('{"intent": "B", "slots": {"x": "1", "y": ["p", "q"]}}', 0),
+        ('{"intent": "A", "slots": {"x": "1"}}', 0),
+        ('{"intent": "A", "slots": {"x": "1", "y": ["p", "q"], "z": "2"}}', 0),
+        ('{"intent": "A", "slots": {"x": 1, "y": ["p", "q"]}}', 0),
+        ('{"intent": "A", "slots": 5}', 0),
+        ('["A"]', 0),
+        ("A", 0),
+        ("", 0),
+        ("```json", 0),
+        ("[" * 100_000, 0),
+    ],
+)
+def test_intent_by_hand(prediction, score):
+    assert (
+        score_intent(prediction, ['{"intent": "A", "slots": {"x": "1", "y": ["p", "q"]}}']) == score
+    )
+
+
+def test_exact_by_hand():
+    assert score_exact(" 42\n", ["41", "42"]) == 1
+    assert score_exact("42 is it", ["42"]) == 0
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the published completions are not here")
+def test_published_completions_get_their_published_scores():
+    result, equal = rescore(SHARED / "esft/completions_token_intent.jsonl", "intent")
+    assert (equal, result.count, result.mean) == (500, 500, 0.76)
+
+
+@pytest.mark.parametrize(
     "text, number",
     [
         ("so he has 7 * 2 = 14\n#### 1,234", 1234),
@@ -522,40 +198,6 @@ def test_gsm8k_reference_answers_are_right_and_altered_ones_wrong():
         assert (result.mean, result.count) == (accuracy, 1319)
 
 
-TRIVIA = {"question": "Who wrote Macbeth?", "answers": ["Shakespeare", "The Bard"]}
-TRIVIA_HUB = {
-    "question": "Who wrote Macbeth?",
-    "question_id": "tc_1",
-    "answer": {
-        "value": "Shakespeare",
-        "aliases": ["Shakespeare", "The Bard"],
-        "normalized_value": "shakespeare",
-    },
-}
-FUNCTION = 'import math\n\n\ndef area(r):\n    """Of a circle."""\n'
-CIRCLE = {
-    "task_id": "HumanEval/0",
-    "prompt": FUNCTION,
-    "entry_point": "area",
-    "canonical_solution": "    return math.pi * r * r\n",
-    "test": "def check(candidate):\n    assert round(candidate(1), 2) == 3.14\n",
-}
-MBPP = {
-    "text": "Write a function to add up a tree.",
-    "code": "def total(n):\r\n  return n.value",
-    "task_id": 11,
-    "test_setup_code": "root = Node(3)",
-    "test_list": ["assert total(root) == 3", "assert total(Node(4)) == 4"],
-    "challenge_test_list": [],
-}
-MBPP_SANITIZED = {
-    "source_file": "Benchmark Questions Verification V2.ipynb",
-    "task_id": 17,
-    "prompt": "Write a function for the root.",
-    "code": "def root(x):\n  return x ** 0.5",
-    "test_imports": ["import math"],
-    "test_list": ["assert root(9) == math.sqrt(9)"],
-}
 MBPP_ASKED = (
     "You are an expert Python programmer, and here is your task: Write a function to add up a "
     "tree. Your code should pass these tests:\n\nassert total(root) == 3\nassert total(Node(4)) "
@@ -609,6 +251,7 @@ def test_trivia_answers_of_both_spellings(tmp_path):
         (" shakespeare.\n", True),
         ("the BARD", True),
         ("A bard!", True),  # articles do not count
+        ("An bard", True),
         ("“Shakespeare”", False),  # of quotation marks, those of the published script
         ("‘Shakespeare’", True),
         ("Shakespeare\nQuestion: Who else?", True),
@@ -622,116 +265,6 @@ def test_trivia_answers_of_both_spellings(tmp_path):
 )
 def test_trivia_by_hand(prediction, right):
     assert score_trivia(prediction, ["Shakespeare", "The Bard"]) == right
-
-
-# ------------------------------------------------------------------------------------------
-# Programs
-
-
-JUNK = [  # what base models go on with; each would break the program
-    "\n\ndef other(x):\n    return (",
-    "\n\nprint(undefined_name)\n",
-    "\n# Tests\nassert False\n",
-    "\nif __name__ == '__main__':\n    main(",
-    "\n\nclass Other:\n    x = (",
-    "\n\n@undefined_name\ndef other(x):\n    return x\n",
-    "\n```\n\nThis solves it:\n```python\nx = (\n```\n",
-    "\n\ndef {entry}(x):\n    return (",  # the same function again, cut off
-]
-
-
-def continuation(i: int, row: dict) -> str:
-    return row["canonical_solution"]
-
-
-def with_junk(i: int, row: dict) -> str:
-    return row["canonical_solution"] + JUNK[i % len(JUNK)].replace("{entry}", row["entry_point"])
-
-
-def whole_function(row: dict) -> str:
-    """Without the imports and helpers that the prompt has before it."""
-    return row["prompt"][row["prompt"].index(f"def {row['entry_point']}(") :] + (
-        row["canonical_solution"].rstrip()
-    )
-
-
-def in_a_fence(i: int, row: dict) -> str:
-    before = ["", "First:\n```bash\npip install numpy\n```\nThen:\n\n", "```\n>>> x = (\n```\n"]
-    language = ["python", "Python", "py", "", "python3"]
-    return (
-        f" Sure! {before[i % 3]}```{language[i % 5]}\n{whole_function(row)}\n```\n\nIt is called "
-        "so:\n\n```python\nprint(undefined_name)\n```\nGood luck!"
-    )
-
-
-def unended(i: int, row: dict) -> str:
-    """In a fence that does not end, or without one; a space comes first, as in the chat format."""
-    return [" ", " ```python\n"][i % 2] + whole_function(row)
-
-
-def body_in_a_fence(i: int, row: dict) -> str:
-    example = ["", "\n\nprint(undefined_name)"][i % 2]
-    body = row["canonical_solution"].rstrip() + example
-    return f"The body is\n```python\n{body}\n```\nas asked."
-
-
-def empty(i: int, row: dict) -> str:
-    return ""
-
-
-def without_code(i: int, row: dict) -> str:
-    return ["\n", "    ", "```python\n", "I cannot.", " ```\nno\n```"][i % 5]
-
-
-@pytest.mark.skipif(not HUMAN_EVAL.exists(), reason="HumanEval is not here")
-@pytest.mark.parametrize(
-    "complete, passing",
-    [
-        (continuation, True),
-        (with_junk, True),
-        (in_a_fence, True),
-        (unended, True),
-        (body_in_a_fence, True),
-        (empty, False),
-        (without_code, False),
-    ],
-)
-def test_humaneval_solutions_in_every_shape(complete, passing):
-    rows = [row for _, row in read_rows(HUMAN_EVAL)]
-    examples = read_examples(HUMAN_EVAL, "humaneval", PLAIN)
-    examples = [
-        e | {"raw_prediction": complete(i, row)} for i, (e, row) in enumerate(zip(examples, rows))
-    ]
-    said = run_programs([(program(e), e["test"]) for e in examples])
-    wrong = {r["task_id"]: line for r, line in zip(rows, said) if (line == "passed") != passing}
-    assert (len(rows), wrong) == (164, {})
-
-
-NODE = "class Node:\n    def __init__(self, value):\n        self.value = value\n\n"
-TOTAL = NODE + "def total(n):\n    return n.value"
-ROOT = "def root(x):\n    return x ** 0.5"
-
-
-@pytest.mark.parametrize(
-    "row, completion, passes",
-    [
-        (MBPP, TOTAL, True),
-        (MBPP, f"{TOTAL}\n[DONE]\n\nYou are an expert", True),
-        (MBPP, f" {TOTAL}", True),  # the space of the chat format
-        (MBPP, f"Here:\n```python\n{TOTAL}\n```\nDone. [DONE]", True),
-        (MBPP, f"```\npip install x\n```\n```python\n{TOTAL}\n```", True),
-        (MBPP, "def total(n):\n    return n.value", False),  # the set-up needs Node
-        (MBPP, TOTAL.replace("n.value", "4"), False),  # of two tests one fails
-        (MBPP, "", False),
-        (MBPP_SANITIZED, ROOT, True),  # the test imports math
-        (MBPP_SANITIZED, f"```python\n{ROOT}\n```\n[DONE]", True),
-        (MBPP_SANITIZED, ROOT.replace("0.5", "2"), False),
-    ],
-)
-def test_mbpp_by_hand(row, completion, passes, tmp_path):
-    example = read_row(tmp_path, "mbpp", row) | {"raw_prediction": completion}
-    result = score("mbpp", [example])
-    assert (result.mean, result.records[0]["result"] == "passed") == (passes, passes)
 
 
 # ------------------------------------------------------------------------------------------
@@ -773,12 +306,12 @@ def test_points_by_hand(reply, points):
 )
 def test_judge_reads_the_first_paragraph_of_a_translation_alone(task, candidate):
     example = {"raw_answers": ["The {right} one", "no"]}
-    prompt = judge_prompt(TASKS[task], example | {"raw_prediction": " One.\nTwo.\n\nTalk {x}.\n"})
+    prompt = TASKS[task].judge_prompt(example | {"raw_prediction": " One.\nTwo.\n\nTalk {x}.\n"})
     _, between, end = re.split("Reference:|Candidate:", prompt)
     assert between.strip() == "The {right} one"
     assert end.strip().startswith(f"{candidate}\n\nReply with one line")
     assert TASKS[task].grades in prompt and all(c in prompt for c in TASKS[task].criteria)
-    assert "Candidate:\n(nothing)\n" in judge_prompt(TASKS[task], example | {"raw_prediction": " "})
+    assert "Candidate:\n(nothing)\n" in TASKS[task].judge_prompt(example | {"raw_prediction": " "})
 
 
 # ------------------------------------------------------------------------------------------
@@ -835,7 +368,7 @@ def test_saved_completions_score_the_same_again(task, tmp_path):
     first = score(task, ANSWERED[task], judge)
     assert [record["score"] for record in first.records] == SCORES.get(task, [1, 0])
     path = tmp_path / "completions.jsonl"
-    write_records(path, first.records)
+    write_lines(path, first.records)
     again, equal = rescore(path, task, judge)
     assert (equal, again) == (2, first)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -843,18 +376,16 @@ def test_saved_completions_score_the_same_again(task, tmp_path):
     assert rescore(path, task, judge)[1] == 1
 
 
+def test_the_token_of_number_0_is_scored_too(monkeypatch):
+    monkeypatch.setattr(tasks.loss, "encode_file", lambda *_: [([5, 0, 7, 0], [-100, 0, 7, -100])])
+    (example,) = tasks.loss.read_chat("file", Ask(SimpleNamespace(decode=str)))
+    assert example["learned"] == [1, 2] and example["raw_answers"] == ["[0, 7]"]
+
+
 def test_losses_are_means_over_all_tokens():
     """2 tokens of 0.5 and 6 of 2.0: 13 / 8; of the 8 tokens 2 + 3 are right."""
     result = score("loss", ANSWERED["loss"])
     assert (result.metrics, result.count) == ({"loss": 1.625, "token accuracy": 0.625}, 8)
-
-
-def test_normalised_accuracy_is_by_letter_of_the_choice():
-    """-6 of 2 letters is -3 a letter, -8 of 4 letters is -2."""
-    example = {"choices": ["ab", "abcd"], "raw_answers": ["abcd"], "loglikelihoods": [-6.0, -8.0]}
-    result = score("choice", [example])
-    assert result.metrics == {"accuracy": 0.0, "normalised": 1.0}
-    assert (result.records[0]["score"], result.records[0]["score_normalised"]) == (0, 1)
 
 
 @pytest.mark.parametrize(

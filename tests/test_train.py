@@ -11,13 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_with_adapter
 from safetensors.torch import load_file
 
-import train as training
+import train as trainer
+from adapter import load_adapter
+from checkpoint import load_model, read_config
+from config import read_keys
 from data import encode_file, load_tokenizer, pack
-from model import ModelConfig, load_adapter, load_model, merge, token_losses
-from train import MasterAdamW, TrainConfig, learning_rate_at, parse_config, train
+from fast import token_losses
+from merge import merge
+from train import command_line, train
+from training.config import TrainConfig
+from training.inputs import prepare_rows
+from training.optimizer import MasterAdamW, learning_rate_at
+
+
+def parse_config(argv: list[str]) -> TrainConfig:
+    """The config of a command line of train.py."""
+    arguments = command_line().parse_args(argv)
+    return read_keys(TrainConfig, arguments, arguments.config)
 
 
 def settings(checkpoint, chat_file, output, **changes) -> TrainConfig:
@@ -76,8 +89,8 @@ def test_only_the_selection_changes_and_the_adapter_holds_exactly_it(
     results = train(config)
     cfg = json.loads((tmp_path / "run/expert_cfg.json").read_text())
     base = load_model(checkpoint, dtype=getattr(torch, config.dtype))
-    trained = load_model(
-        checkpoint, dtype=getattr(torch, config.dtype), adapter=tmp_path / "run/adapter"
+    trained = load_with_adapter(
+        checkpoint, tmp_path / "run/adapter", dtype=getattr(torch, config.dtype)
     )
     selected = {
         f"model.layers.{layer}.mlp.experts.{e}.{p}_proj.weight"
@@ -118,7 +131,7 @@ def test_the_model_in_memory_is_the_base_outside_what_is_trained(
     """The adapter could hide a frozen tensor that moved: look at the trained model itself."""
     seen = []
     monkeypatch.setattr(
-        training, "load_model", lambda *a, **k: seen.append(load_model(*a, **k)) or seen[0]
+        trainer, "load_model", lambda *a, **k: seen.append(load_model(*a, **k)) or seen[0]
     )
     config = settings(checkpoint, chat_file, tmp_path / "run", eval_steps=100, **changes)
     train(config)
@@ -147,7 +160,7 @@ def test_lora_trains_what_peft_would_and_continues(checkpoint, chat_file, tmp_pa
     merge(checkpoint, tmp_path / "run/adapter", tmp_path / "merged")
     tokens = torch.arange(60)[None]
     logits = [
-        load_model(checkpoint, dtype=torch.float32, adapter=tmp_path / "run/adapter")(tokens),
+        load_with_adapter(checkpoint, tmp_path / "run/adapter", dtype=torch.float32)(tokens),
         load_model(tmp_path / "merged", dtype=torch.float32)(tokens),
     ]
     base = load_model(checkpoint, dtype=torch.float32)(tokens)
@@ -219,7 +232,7 @@ def test_a_run_that_is_stopped_and_started_again_ends_the_same(
             raise Stopped
 
     config = settings(checkpoint, chat_file, tmp_path / "parts", dtype="bfloat16")
-    monkeypatch.setattr(training, "print_step", stop)
+    monkeypatch.setattr(trainer, "print_step", stop)
     with pytest.raises(Stopped):
         train(config)
     monkeypatch.undo()
@@ -240,7 +253,7 @@ def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(
 ):
     config = settings(checkpoint, chat_file, tmp_path / "run")
     results = train(config)
-    monkeypatch.setattr(training, "load_model", None)  # must not be called
+    monkeypatch.setattr(trainer, "load_model", None)  # must not be called
     assert train(config) == results
     with pytest.raises(
         ValueError,
@@ -293,7 +306,7 @@ def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path
         if record["step"] == 38:
             raise Stopped
 
-    monkeypatch.setattr(training, "print_step", stop)
+    monkeypatch.setattr(trainer, "print_step", stop)
     config.output_dir = str(tmp_path / "parts")
     with pytest.raises(Stopped):
         train(config)
@@ -305,11 +318,11 @@ def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path
 
 def test_with_a_document_mask_a_step_learns_each_sample_alone(checkpoint, chat_file, tmp_path):
     config = settings(checkpoint, chat_file, tmp_path / "run", steps=1, document_mask=True)
-    inputs = training.read_inputs(config)
+    inputs = trainer.read_inputs(config)
     train(config)
     model = load_model(checkpoint, dtype=torch.float32)
     losses = []
-    for row in training.rows_of_step(len(inputs.rows.tokens), 4, config.seed, 0):
+    for row in trainer.rows_of_step(len(inputs.rows.tokens), 4, config.seed, 0):
         documents = inputs.rows.documents[row]
         assert len(documents.unique()) > 1
         for document in documents.unique():
@@ -453,7 +466,7 @@ def test_held_out_rows_are_not_trained_on(checkpoint, chat_file, tmp_path):
     config = settings(checkpoint, chat_file, tmp_path, validation_fraction=0.3)
     tokenizer = load_tokenizer(checkpoint)
     samples = encode_file(chat_file, tokenizer)
-    rows, held_out = training.prepare_rows(config, samples, tokenizer)
+    rows, held_out = prepare_rows(config, samples, tokenizer)
     everything, *_ = pack(samples, 64, 0.2, tokenizer.eos_id, config.seed)
     together = torch.cat([rows.tokens, held_out.tokens]).tolist()
     assert sorted(together) == sorted(everything.tolist()) and len(held_out.tokens) == 6
@@ -547,22 +560,23 @@ def test_sources_of_experts(checkpoint, chat_file, tmp_path):
         ("learning_rte = 1", "unknown key learning_rte; did you mean learning_rate"),
         ("top_p = 0", "top_p is 0; must be above 0 and at most 1"),
         ("top_p = 2", "top_p is 2; must be above 0"),
-        ("top_p = true", "top_p is True; must be of type"),
-        ('steps = "many"', "steps is 'many'; must be of type int"),
+        ("top_p = true", "top_p is True; must be a number"),
+        ('steps = "many"', "steps is 'many'; must be an integer"),
+        ("eval_sets = [1]", r"eval_sets is \[1\]; must be a list of strings"),
         ("steps = 0", "steps is 0; must be at least 1"),
         ('method = "dora"', "method is 'dora'; must be one of esft, full, lora"),
         (
             "gradient_accumulation_steps = 5",
             r"gradient_accumulation_steps is 5; must divide batch_size \(32\)",
         ),
-        ('eval_sets = ["intent"]', "eval_sets: 'intent' must be TASK:FILE"),
+        ('eval_sets = ["intent"]', r"eval_sets is \['intent'\]; each entry must be TASK:FILE"),
         (
             "shared_experts = true\nmethod = 'full'",
             "shared_experts is True; no effect, since method is full",
         ),
         ("lora_rank = 4", "lora_rank is 4; no effect, since method is esft"),
         ("lora_rank = 0\nmethod = 'lora'", "lora_rank is 0; must be at least 1"),
-        ("seed = 9223372036854775808", "seed is 9223372036854775808; must be below"),
+        ("seed = 9223372036854775808", "seed is 9223372036854775808; must be at least 0 and below"),
         ("lora_scaling = 0\nmethod = 'lora'", "lora_scaling is 0; must be above 0"),
         (
             "selection = 'lowest'\nmethod = 'lora'",
@@ -591,7 +605,7 @@ def test_impossible_configs_are_refused_by_key(tmp_path, line, message):
 def test_bad_files_are_refused_before_the_model_is_loaded(
     checkpoint, chat_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "load_model", None)  # must not be called
+    monkeypatch.setattr(trainer, "load_model", None)  # must not be called
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": [{"role": "user", "content": "a"}]}')
     cfg = tmp_path / "cfg.json"
@@ -662,13 +676,14 @@ def test_every_config_of_the_repository_is_valid():
 
 def test_every_option_is_read():
     """Outside check(), which looks at options as `self.NAME`."""
-    source = (ROOT / "train.py").read_text()
+    paths = [ROOT / "train.py", ROOT / "select_experts.py", *ROOT.glob("training/*.py")]
+    source = "".join(path.read_text() for path in paths)
     for name in TrainConfig.__dataclass_fields__:
         assert re.search(rf"\bconfig\.{name}\b", source), name
 
 
 def test_demo_base_is_a_published_format_checkpoint():
-    config = ModelConfig.from_json(ROOT / "demo/base/config.json")
+    config = read_config(ROOT / "demo/base")
     model = load_model(ROOT / "demo/base")
     assert sum(p.numel() for p in model.parameters()) == 4_075_200 and config.n_routed_experts == 64
     from transformers import AutoModelForCausalLM, AutoTokenizer

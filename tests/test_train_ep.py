@@ -9,36 +9,25 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, one_by_one, save_tokenizer, save_with_transformers, write_checkpoint
-from ranks import RecordingAlone
+from rank_pool import TORCHRUN, run_command_on_ranks, run_on_ranks
+from rank_worker import RecordingAlone
 from safetensors.torch import load_file
 from test_train import metrics
 
 import model
-import train as training
 import train_ep
-from model import load_model, read_checkpoint
-from train import TrainConfig, train
+from checkpoint import load_model, read_checkpoint
+from train import train
+from training.config import TrainConfig
+from training.directory import check_shared
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # ranks, ep_size
-
-
-def torchrun(folder, ranks: int, cases: list[dict]) -> None:
-    """Runs cases on so many processes; see ranks.py."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", "tests/ranks.py"]
-    done = subprocess.run(
-        [*command, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def errors(folder, name: str, ranks: int) -> list[str | None]:
@@ -113,6 +102,7 @@ def keys(model: str, data: str, output, **changes) -> dict:
     return asdict(config)
 
 
+THREE_STEPS = {"steps": 3, "eval_steps": 3, "save_steps": 3}
 METHODS = {
     "esft": {},
     "shared": {"shared_experts": True, "gradient_checkpointing": True},
@@ -172,24 +162,24 @@ def runs(bases, chats, tmp_path_factory):
         ),
     }
     recorded = {}
-    torch.set_num_threads(1)  # as the ranks
     for name, (base, changes) in cases.items():
         alone = RecordingAlone()
-        train(TrainConfig(**keys(base, chats, folder / name, **changes)), alone)
+        train(TrainConfig(**keys(base, chats, folder / name, **THREE_STEPS, **changes)), alone)
         recorded[name] = alone.recorded
-    torch.set_num_threads(2)
     for ranks in (1, 2, 4):
         listed = [
             {
                 "name": f"{name}.{ranks}.{ep_size}",
                 "ep_size": ep_size,
-                "config": keys(base, chats, folder / f"{name}.{ranks}.{ep_size}", **changes),
+                "config": keys(
+                    base, chats, folder / f"{name}.{ranks}.{ep_size}", **THREE_STEPS, **changes
+                ),
             }
             for name, (base, changes) in cases.items()
             for count, ep_size in LAYOUTS
             if count == ranks
         ]
-        torchrun(folder, ranks, listed)
+        run_on_ranks(ranks, folder, cases=listed)
     return folder, recorded
 
 
@@ -229,7 +219,7 @@ def test_compiled_layers_end_at_the_exchange(bases, chats, tmp_path):
         for compiled in (False, True)
         for saving in (False, True)
     ]
-    torchrun(tmp_path, 2, cases)
+    run_on_ranks(2, tmp_path, cases=cases)
     alone = RecordingAlone()
     exact = keys(bases["deepseek_v3"], chats, tmp_path / "alone", **changes | {"dtype": "float32"})
     train(TrainConfig(**exact), alone)
@@ -276,7 +266,7 @@ def test_a_rank_reads_and_holds_its_share_alone(tmp_path, family, fused):
         write_checkpoint(base, fields, one_by_one(oracle.state_dict()), shards=3)
 
     def headers() -> None:
-        model.fingerprint(read_checkpoint(base)[1])
+        read_checkpoint(base)
 
     whole = load_model(base, dtype=torch.float32)
     headers_alone, held = bytes_read(headers), {}
@@ -297,7 +287,7 @@ def test_a_rank_reads_and_holds_its_share_alone(tmp_path, family, fused):
         for name, tensor in tensors.items():
             assert torch.equal(tensor, whole.state_dict()[name])
         for moe in (m for m in parts["model"].modules() if isinstance(m, model.MoE)):
-            assert len(moe.gate_up) == len(moe.down) == 2
+            assert len(moe.experts.gate_up) == len(moe.experts.down) == 2
         held[rank] = {name for name in tensors if ".mlp.experts." in name}
     assert not held[0] & held[1] and len(set().union(*held.values())) == sum(
         map(len, held.values())
@@ -324,7 +314,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(bases, chats, tmp_path):
         config = keys(base, chats, tmp_path / output, save_steps=1)
         return {"name": name, "ep_size": ep_size, "config": config, **more}
 
-    torchrun(tmp_path, 4, [case("stopped", 4, "run", signal={"2": 2})])
+    run_on_ranks(4, tmp_path, cases=[case("stopped", 4, "run", signal={"2": 2})])
     (said,) = set(errors(tmp_path, "stopped", 4))
     assert said.startswith("KeyboardInterrupt: SIGTERM after step 2; kept:")
     newest = tmp_path / "run/checkpoints/step-000002"
@@ -336,7 +326,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(bases, chats, tmp_path):
         case("begun", 2, "parts", signal={"0": 3}),
         case("ended", 2, "parts"),
     ]
-    torchrun(tmp_path, 2, cases)
+    run_on_ranks(2, tmp_path, cases=cases)
     (said,) = set(errors(tmp_path, "full", 2))
     assert said.startswith("OSError: rank 1: ") and "File too large" in said
     assert said.endswith(f"kept: {newest}, from which the same command goes on")
@@ -393,7 +383,7 @@ def test_what_differs_or_fails_on_one_rank_is_refused_on_all(bases, chats, tmp_p
         for name, (others, _) in wrong.items()
     ]
     after = {"name": "after", "ep_size": 2, "config": keys(base, chats, tmp_path / "after")}
-    torchrun(tmp_path, 2, [*cases, after])
+    run_on_ranks(2, tmp_path, cases=[*cases, after])
     for name, (_, message) in wrong.items():
         said = errors(tmp_path, name, 2)
         assert said[0] == said[1] and re.search(message, said[0]), said
@@ -403,12 +393,12 @@ def test_what_differs_or_fails_on_one_rank_is_refused_on_all(bases, chats, tmp_p
 
 def test_an_output_dir_that_another_rank_does_not_see_is_refused(tmp_path):
     with pytest.raises(OSError, match="all ranks must see one output_dir"):
-        training.check_shared(tmp_path, {"seed": 0}, patience=0)
+        check_shared(tmp_path, {"seed": 0}, patience=0)
     (tmp_path / "train_config.json").write_text('{"seed": 1}')
     with pytest.raises(OSError, match="all ranks must see one output_dir"):
-        training.check_shared(tmp_path, {"seed": 0}, patience=0)
+        check_shared(tmp_path, {"seed": 0}, patience=0)
     (tmp_path / "train_config.json").write_text('{"seed": 0}')
-    training.check_shared(tmp_path, {"seed": 0})
+    check_shared(tmp_path, {"seed": 0})
 
 
 def write_toml(path, config: dict) -> None:
@@ -416,98 +406,78 @@ def write_toml(path, config: dict) -> None:
     path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in kept.items()))
 
 
-def start(path, config: dict, *options: str, restarts: int = 0) -> subprocess.Popen:
-    """The command itself, on two ranks that share the experts."""
+def start(path, config: dict, name: str, *options: str, restarts: int = 0) -> subprocess.Popen:
+    """The command on two ranks that share the experts. The second one gets the signal of that name
+    in its tenth step."""
     write_toml(path, config)
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    command += ["train_ep.py", "--config", str(path), "--ep_size", "2", *options]
+    command += ["tests/signalled.py", name, "1", "10", "train_ep"]
+    command += ["--config", str(path), "--ep_size", "2", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SIGNALLED": str(path.parent / "pid")}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
-def signal_in_a_step(run: subprocess.Popen, output, number: int) -> int:
-    """Sends a signal to rank 1 once the run has done ten steps; returns the process."""
-    record, deadline = output / "metrics.jsonl", time.monotonic() + 300
-    while not record.exists() or record.read_text().count("\n") < 10:
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.005)
-    process = worker(run.pid, "1")
-    os.kill(process, number)
-    return process
+@pytest.fixture(scope="module")
+def forty_steps(bases, chats, tmp_path_factory):
+    """The config of a run of forty steps for an output folder; the folder where one that nobody
+    disturbed came to its end on two ranks."""
+    folder = tmp_path_factory.mktemp("forty")
 
-
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on(bases, chats, tmp_path):
-    """A rank is killed in mid-step, all end with a message that says which. torchrun starts them
-    again, and the adapter has the bits of a run that nobody killed; or one process goes on, and it
-    is the same to rounding."""
-
-    def config(name: str) -> dict:
-        output = tmp_path / name
+    def config(output) -> dict:
         return keys(bases["deepseek_v2"], chats, output, steps=40, save_steps=4, eval_steps=20)
 
-    def run_and_kill(name: str, restarts: int) -> tuple[int, str, str]:
-        with start(tmp_path / f"{name}.toml", config(name), restarts=restarts) as run:
-            signal_in_a_step(run, tmp_path / name, signal.SIGKILL)
-            stdout, stderr = run.communicate(timeout=300)
-        assert "error: rank 1 died or does not answer" in stderr
-        return run.returncode, stdout, stderr
+    case = {"name": "whole", "ep_size": 2, "config": config(folder / "run")}
+    run_on_ranks(2, folder, cases=[case])
+    assert errors(folder, "whole", 2) == [None, None]
+    return config, folder / "run"
 
-    with start(tmp_path / "whole.toml", config("whole")) as run:
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(forty_steps, tmp_path):
+    """A rank is killed in mid-step, all end with a message that says which. torchrun starts them
+    again, and the adapter has the bits of a run that nobody killed."""
+    config, whole = forty_steps
+    with start(tmp_path / "run.toml", config(tmp_path / "run"), "SIGKILL", restarts=1) as run:
         stdout, stderr = run.communicate(timeout=300)
     assert run.returncode == 0, stderr[-3000:]
-    assert "next: python model.py merge" in stdout and stdout.count("step     1/40") == 1
-    status, stdout, stderr = run_and_kill("killed", 1)
-    assert status == 0, stderr[-3000:]
-    assert "continues after step" in stdout
+    assert "error: rank 1 died or does not answer" in stderr
+    assert "continues after step" in stdout and "next: python merge.py" in stdout
+    assert stdout.count("step     1/40") == 1
     for name in ("adapter/adapter.safetensors", "adapter/expert_cfg.json", "scores_after.json"):
-        files = [tmp_path / run / name for run in ("whole", "killed")]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
-    status, _, _ = run_and_kill("changed", 0)
-    assert status != 0 and len(metrics(tmp_path / "changed")) < 40
-    train(TrainConfig(**config("changed")))
+        assert (whole / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert metrics(whole) == metrics(tmp_path / "run")
+
+
+def test_a_rank_that_hangs_is_named_and_one_process_goes_on(forty_steps, tmp_path):
+    """The others wait, then end with a message. What one process makes of the rest is the same to
+    rounding."""
+    config, whole = forty_steps
+    options = "SIGSTOP", "--timeout", "5"
+    with start(tmp_path / "run.toml", config(tmp_path / "run"), *options) as run:
+        seen = next(line for line in run.stderr if line.startswith("error: "))
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)  # for torchrun to end it
+        run.communicate(timeout=300)
+    assert seen.startswith("error: rank 1 died or does not answer") and run.returncode != 0
+    assert len(metrics(tmp_path / "run")) < 40
+    train(TrainConfig(**config(tmp_path / "run")))
     file = "adapter/adapter.safetensors"
-    mine, theirs = (load_file(tmp_path / name / file) for name in ("changed", "whole"))
+    mine, theirs = (load_file(output / file) for output in (tmp_path / "run", whole))
     for name, tensor in theirs.items():
         assert (mine[name] - tensor).norm() <= 1e-4 * tensor.norm()
 
 
-def test_a_rank_that_hangs_is_named_when_the_others_have_waited(bases, chats, tmp_path):
-    config = keys(bases["deepseek_v2"], chats, tmp_path / "run", steps=400)
-    with start(tmp_path / "run.toml", config, "--timeout", "5") as run:
-        hanging = signal_in_a_step(run, tmp_path / "run", signal.SIGSTOP)
-        try:
-            seen = next(line for line in run.stderr if line.startswith("error: "))
-        finally:
-            os.kill(hanging, signal.SIGCONT)  # for torchrun to end it
-        run.communicate(timeout=300)
-    assert seen.startswith("error: rank 1 died or does not answer") and run.returncode != 0
-
-
-def worker(agent: int, rank: str) -> int:
-    """The process that torchrun's agent started as that rank."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == agent and f"RANK={rank}\0" in path.read_text():
-                return int(path.parent.name)
-        except (OSError, UnicodeDecodeError):  # ended meanwhile, or another user's
-            continue
-    raise AssertionError("no such process")
-
-
-def test_the_command_says_what_is_wrong_once(bases, chats, tmp_path):
+def test_the_command_says_what_is_wrong_once(bases, chats, tmp_path, monkeypatch, capsys):
     write_toml(tmp_path / "run.toml", keys(bases["deepseek_v2"], chats, tmp_path / "run"))
     arguments = ["train_ep.py", "--config", str(tmp_path / "run.toml")]
-    alone = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert alone.returncode == 1 and "start with torchrun --nproc-per-node N" in alone.stderr
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *arguments, "--ep_size", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert done.stderr.count("error: ep_size is 4; must divide the 2 ranks") == 1
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="^1$"):
+        train_ep.main()
+    assert "start with torchrun --nproc-per-node N" in capsys.readouterr().err
+    done = run_command_on_ranks(2, tmp_path, *arguments, "--ep_size", "4")
+    assert [rank["status"] for rank in done] == [1, 1]
+    said = "".join(rank["stderr"] for rank in done)
+    assert said == "error: ep_size is 4; must divide the 2 ranks\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -539,9 +509,9 @@ def hosts():
 def test_two_hosts_equal_one_process(runs, bases, chats, hosts, tmp_path):
     """Two agents of torchrun, with their rendezvous between them."""
     folder, recorded = runs
-    config = keys(bases["deepseek_v3"], chats, tmp_path / "run")
-    cases = [{"name": "hosts", "ep_size": 2, "config": config}]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    config = keys(bases["deepseek_v3"], chats, tmp_path / "run", **THREE_STEPS)
+    job = {"cases": [{"name": "hosts", "ep_size": 2, "config": config}]}
+    (tmp_path / "job.json").write_text(json.dumps({"folder": str(tmp_path), **job}))
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -552,7 +522,9 @@ def test_two_hosts_equal_one_process(runs, bases, chats, hosts, tmp_path):
         command += [f"--rdzv-conf=is_host={'true' if i == 0 else 'false'}"]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
         options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
-        agents.append(subprocess.Popen([*command, "tests/ranks.py", str(tmp_path)], **options))
+        agents.append(
+            subprocess.Popen([*command, "tests/rank_worker.py", str(tmp_path)], **options)
+        )
     said = [agent.communicate(timeout=300)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert errors(tmp_path, "hosts", 2) == [None, None]

@@ -1,0 +1,225 @@
+"""Multiple choice: published rows and folders become the prompts written here by hand, and
+likelihoods become scores."""
+
+import json
+
+import pytest
+from published_rows import (
+    ARC_FILE,
+    ARC_HUB,
+    ARC_TEXTS,
+    CHAT,
+    CLUEWSC,
+    GENERIC,
+    HELLASWAG,
+    PLAIN,
+    WIKIHOW,
+    WSC_PROMPT,
+    read_row,
+)
+
+from tasks import read_examples, score
+from tasks.choice import join_choice
+
+DEV = """\
+What is 1 + 1?,1,2,3,4,B
+"He said ""no"", twice.",a,"b, c",d,"e ""f\""",A
+"Statement 1 | x
+Statement 2 | y","True, True","False, False","True, False","False, True",C
+Q4,a4,b4,c4,d4,D
+Q5,a5,b5,c5,d5,A
+Q6,a6,b6,c6,d6,B
+"""
+TEST = '"Find it,\nif you can.",zero,one,two,three,D\n'
+
+
+def write_folder(folder, files: dict[str, str]):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_mmlu_prompt_is_the_published_layout(tmp_path):
+    files = {"dev/abstract_algebra_dev.csv": DEV, "test/abstract_algebra_test.csv": TEST}
+    (example,) = read_examples(write_folder(tmp_path, files), "mmlu", CHAT)
+    assert example == {
+        "prompt": """\
+The following are multiple choice questions (with answers) about  abstract algebra.
+
+What is 1 + 1?
+A. 1
+B. 2
+C. 3
+D. 4
+Answer: B
+
+He said "no", twice.
+A. a
+B. b, c
+C. d
+D. e "f"
+Answer: A
+
+Statement 1 | x
+Statement 2 | y
+A. True, True
+B. False, False
+C. True, False
+D. False, True
+Answer: C
+
+Q4
+A. a4
+B. b4
+C. c4
+D. d4
+Answer: D
+
+Q5
+A. a5
+B. b5
+C. c5
+D. d5
+Answer: A
+
+Find it,
+if you can.
+A. zero
+B. one
+C. two
+D. three
+Answer:""",
+        "raw_answers": ["D"],
+        "choices": ["A", "B", "C", "D"],
+        "subject": "abstract_algebra",
+    }
+    assert [join_choice("Answer:", c) for c in "AD"] == ["Answer: A", "Answer: D"]
+
+
+def test_mmlu_is_the_mean_over_questions_with_subjects_apart(tmp_path):
+    row = "q,1,2,3,4,A\n"
+    files = {
+        "dev/law_dev.csv": DEV,
+        "dev/art_dev.csv": DEV,
+        "test/law_test.csv": 3 * row,
+        "test/art_test.csv": row + "\n",  # an empty line counts for nothing
+    }
+    examples = read_examples(write_folder(tmp_path, files), "mmlu", PLAIN)
+    assert [e["subject"] for e in examples] == ["art", "law", "law", "law"]
+    for example, right in zip(examples, (True, False, True, False)):
+        example["loglikelihoods"] = [-1.0 if right else -3.0, -2.0, -4.0, -4.0]
+    result = score("mmlu", examples)
+    assert (result.mean, result.count) == (0.5, 4)
+    assert result.groups == {"art": 1.0, "law": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(
+    "task, files, error, message",
+    [
+        ("mmlu", {"dev/a_dev.csv": DEV}, OSError, r"holds no test/SUBJECT_test\.csv"),
+        ("mmlu", {"test/a_test.csv": TEST}, OSError, r"dev/a_dev\.csv: no such file"),
+        (
+            "mmlu",
+            {"dev/a_dev.csv": DEV, "test/a_test.csv": f"{TEST}q,1,2,3,E,A,\nq,1,2,3,4\n"},
+            ValueError,
+            r"test/a_test\.csv: line 4: 5 cells; 6 are required",
+        ),
+        (
+            "mmlu",
+            {"dev/a_dev.csv": DEV, "test/a_test.csv": TEST + TEST.replace(",D\n", ",E\n")},
+            ValueError,
+            r"test/a_test\.csv: line 3: the answer is 'E'; it must be one of the 4 choices",
+        ),
+        (
+            "mmlu",
+            {"dev/a_dev.csv": DEV, "test/a_test.csv": "\n"},
+            ValueError,
+            r"test/a_test\.csv: the file has no rows",
+        ),
+        ("ceval", {"test/a_test.csv": TEST}, OSError, r"holds no val/SUBJECT_val\.csv"),
+        (
+            "ceval",
+            {"dev/a_dev.csv": "id,question,A,B,C,D,answer,explanation\n", "val/a_val.csv": "\n"},
+            ValueError,
+            r"dev/a_dev\.csv: the file has no rows",
+        ),
+        (
+            "ceval",
+            {
+                "dev/a_dev.csv": "id,question,A,B,C,D,answer,explanation\n0,q,1,2,3,4,A,e\n",
+                "val/a_val.csv": "id,question,A,B,C,D,answer\n0,q,1,2,3,4,\n",
+            },
+            ValueError,
+            r"val/a_val\.csv: line 2: the answer is ''; it must be one of the 4 choices",
+        ),
+    ],
+)
+def test_bad_folders(task, files, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        read_examples(write_folder(tmp_path, files), task, PLAIN)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_ceval_prompt_by_hand(named, tmp_path):
+    dev = "".join(f"{i},问题{i},甲,乙,丙,丁,{'ABCDAB'[i]},解释{i}\n" for i in range(6))
+    files = {
+        "dev/high_school_history_dev.csv": f"id,question,A,B,C,D,answer,explanation\n{dev}",
+        "val/high_school_history_val.csv": 'id,question,A,B,C,D,answer\n0,"谁,何时？",1,2,3,4,C\n',
+        "test/high_school_history_test.csv": "id,question,A,B,C,D\n0,不公布,1,2,3,4\n",
+    }
+    if named:
+        mapping = {"high_school_history": ["High School History", "高中历史", "Humanities"]}
+        files["subject_mapping.json"] = json.dumps(mapping)
+    (example,) = read_examples(write_folder(tmp_path, files), "ceval", PLAIN)
+    options = "A. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
+    assert example["prompt"] == (
+        f"以下是中国关于{'高中历史' if named else 'high school history'}考试的单项选择题，"
+        "请选出其中的正确答案。\n\n"
+        f"问题0\n{options}A\n\n问题1\n{options}B\n\n问题2\n{options}C\n\n问题3\n{options}D\n\n"
+        f"问题4\n{options}A\n\n"
+        "谁,何时？\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
+    )
+    assert example["raw_answers"] == ["C"]
+    assert join_choice(example["prompt"], "C").endswith("答案：C")
+
+
+@pytest.mark.parametrize(
+    "task, row, prompt, choices, right",
+    [
+        (
+            "hellaswag",
+            HELLASWAG,
+            "Roof shingle removal: A man is sitting on a roof. He",
+            HELLASWAG["endings"],
+            3,
+        ),
+        (
+            "hellaswag",
+            WIKIHOW,
+            "Food: How to boil eggs. Buy eggs. Take six.",
+            [" Go home. Rest.", "Boil them.", "Eat.", "Sleep."],
+            1,
+        ),
+        ("arc", ARC_FILE, "Question: Which surface gives the most heat?\nAnswer:", ARC_TEXTS, 2),
+        ("arc", ARC_HUB, "Question: Which surface gives the most heat?\nAnswer:", ARC_TEXTS, 1),
+        ("cluewsc", CLUEWSC, WSC_PROMPT, ["是", "不是"], 1),
+        ("cluewsc", CLUEWSC | {"label": "true"}, WSC_PROMPT, ["是", "不是"], 0),
+        ("choice", GENERIC, "Sky?", ["blue", "green"], 1),
+        ("choice", GENERIC | {"answer": "blue"}, "Sky?", ["blue", "green"], 0),
+    ],
+)
+def test_choice_rows_by_hand(task, row, prompt, choices, right, tmp_path):
+    assert read_row(tmp_path, task, row) == {
+        "prompt": prompt,
+        "choices": choices,
+        "raw_answers": [choices[right]],
+    }
+
+
+def test_normalised_accuracy_is_by_letter_of_the_choice():
+    """-6 of 2 letters is -3 a letter, -8 of 4 letters is -2."""
+    example = {"choices": ["ab", "abcd"], "raw_answers": ["abcd"], "loglikelihoods": [-6.0, -8.0]}
+    result = score("choice", [example])
+    assert result.metrics == {"accuracy": 0.0, "normalised": 1.0}
+    assert (result.records[0]["score"], result.records[0]["score_normalised"]) == (0, 1)

@@ -1,0 +1,55 @@
+"""A key is one line: flag, file, type and bounds follow from it."""
+
+import argparse
+from dataclasses import dataclass
+
+import pytest
+
+from config import add_keys, key, read_keys
+from training.config import TrainConfig
+
+
+@dataclass
+class Config(TrainConfig):
+    top_k: int | None = key(None, "experts of a layer", at_least=1, below=9)
+    names: list[str] = key((), "some names")
+
+
+def read(*flags: str, path=None) -> Config:
+    parser = argparse.ArgumentParser()
+    add_keys(parser, Config)
+    needed = ["--model", "m", "--data", "d", "--output_dir", "o"]
+    return read_keys(Config, parser.parse_args([*needed, *flags]), path)
+
+
+def test_a_new_key_is_one_line(tmp_path):
+    assert read().top_k is None
+    top_k = read("--top_k", "5").top_k
+    assert top_k == 5 and type(top_k) is int
+    path = tmp_path / "c.toml"
+    path.write_text('top_k = 3\nnames = ["a"]\n')
+    assert (read(path=str(path)).top_k, read("--top_k", "4", path=str(path)).top_k) == (3, 4)
+    assert read("--names", "b", "c", "--names", "d", path=str(path)).names == ["b", "c", "d"]
+    assert read("--names", path=str(path)).names == []
+    for text, message in (
+        ("5.0", "top_k is '5.0'; must be an integer"),
+        ("9", "top_k is 9; must be at least 1 and below 9"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            read("--top_k", text)
+    for line, message in (
+        ("top_k = 5.0", "top_k is 5.0; must be an integer"),
+        ("top_k = 0", "top_k is 0; must be at least 1"),
+        ("top_kk = 1", "unknown key top_kk; did you mean top_k?"),
+        ("names = 'a'", "names is 'a'; must be a list of strings"),
+    ):
+        path.write_text(line)
+        with pytest.raises(ValueError, match=f"^{path}: {message}"):
+            read(path=str(path))
+
+
+def test_a_switch_alone_means_true():
+    assert read("--overwrite").overwrite and read("--overwrite", "true").overwrite
+    assert not read("--overwrite", "false").overwrite and not read().overwrite
+    with pytest.raises(ValueError, match="overwrite is 'yes'; must be true or false"):
+        read("--overwrite", "yes")
