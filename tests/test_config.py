@@ -36,7 +36,7 @@ def test_a_new_key_is_one_line(tmp_path):
         ("9", "top_k is 9; must be at least 1 and below 9"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            read("--top_k", text)
+            read("--top_k", text, path=str(path))
     for line, message in (
         ("top_k = 5.0", "top_k is 5.0; must be an integer"),
         ("top_k = 0", "top_k is 0; must be at least 1"),
@@ -46,6 +46,16 @@ def test_a_new_key_is_one_line(tmp_path):
         path.write_text(line)
         with pytest.raises(ValueError, match=f"^{path}: {message}"):
             read(path=str(path))
+
+
+def test_help_shows_the_defaults_that_say_something():
+    parser = argparse.ArgumentParser()
+    add_keys(parser, Config)
+    texts = {action.dest: action.help for action in parser._actions}
+    assert texts["validation_fraction"].endswith("(default: 0.02)")
+    assert texts["seed"].endswith("(default: 0)")
+    assert texts["overwrite"].endswith("(default: false)")
+    assert "(default" not in texts["top_k"] + texts["names"] + texts["output_dir"]
 
 
 def test_a_switch_alone_means_true():

@@ -12,6 +12,7 @@ from data import (
     encode_file,
     epoch_order,
     load_tokenizer,
+    micro_batches,
     pack,
     pad,
     rows_of_step,
@@ -34,6 +35,15 @@ def test_chat_format_and_labels(tokenizer):
     assert tokenizer.decode(ids) == "User: hi\n\nAssistant: yo"
     prompt = len("User: hi\n\nAssistant:")  # one token a byte
     assert labels == [tokenizer.bos_id] + [IGNORE] * prompt + ids[1 + prompt :]
+
+
+def test_a_tokenizer_file_that_cuts_and_pads_does_neither_here(tmp_path):
+    save_tokenizer(tmp_path)
+    inner = load_tokenizer(tmp_path).inner
+    inner.enable_truncation(2)
+    inner.enable_padding(length=8)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert [len(ids) for ids in load_tokenizer(tmp_path).encode_all(["a", "abcde"])] == [1, 5]
 
 
 def test_several_turns_and_masked_answers(tokenizer):
@@ -129,6 +139,11 @@ def test_prompt_completion_rows_stand_as_they_are_and_arrays_are_read(tokenizer,
     )
     (ids, labels), (text, learned) = encode_file(path, tokenizer)
     assert tokenizer.decode(ids) == "2+2=4" and labels.count(IGNORE) == 4 and text == learned
+    lines = path.with_suffix(".jsonl")
+    row = {"prompt": "a\u2028b", "completion": "c\x85d"}  # these end a line only for Python
+    lines.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    ((ids, _),) = encode_file(lines, tokenizer)
+    assert tokenizer.decode(ids) == "a\u2028bc\x85d"
 
 
 def test_real_tokenizer_of_deepseek(tmp_path):
@@ -207,6 +222,12 @@ def test_batches_are_a_pure_function_and_every_epoch_is_complete():
     assert rows_of_step(14, 4, seed=4, step=5) != seen[20:24]
 
 
+def test_all_ranks_have_as_many_micro_batches():
+    assert [list(rows) for rows in micro_batches(5, 2, 0, 2)] == [[0, 2], [4]]
+    assert [list(rows) for rows in micro_batches(5, 2, 1, 2)] == [[1, 3], []]
+    assert [list(rows) for rows in micro_batches(1, 1, 1, 2)] == [[]]
+
+
 def test_padding_and_grouping_by_length():
     assert pad([[1], [2, 3, 4]], 0).tolist() == [[1, 0, 0], [2, 3, 4]]
     lengths = [5, 90, 7, 50, 6]
@@ -218,7 +239,9 @@ def test_padding_and_grouping_by_length():
 def test_sampled_tokens_stop_at_the_number_and_cut_long_samples():
     samples = samples_of(*[10] * 20)
     assert sum(map(len, sample_tokens(samples, 45, max_length=100, seed=0))) == 50
-    assert sum(map(len, sample_tokens(samples, 45, max_length=4, seed=0))) == 48
+    cut = sample_tokens(samples, 45, max_length=4, seed=0)
+    assert sum(map(len, cut)) == 48
+    assert all(ids == [ids[0] + j for j in range(4)] and ids[0] % 100 == 0 for ids in cut)  # heads
     assert sum(map(len, sample_tokens(samples, 10**6, max_length=100, seed=0))) == 200
 
 
@@ -240,6 +263,10 @@ def test_sampled_tokens_stop_at_the_number_and_cut_long_samples():
         (
             '{"messages": [{"role": "tool", "content": "a"}]}',
             "line 2: .*field role is 'tool'; must be system, user or assistant",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}',
+            r"line 2: messages\[1\]: field role is 'system'; only the first message may be",
         ),
         (
             '{"messages": [{"role": "user", "content": 3}]}',

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from test_train import metrics, settings
 import train as trainer
 from adapter import mark_trainable, save_adapter, trained_parameters
 from checkpoint import load_model
-from data import IGNORE
+from data import IGNORE, Rows
 from fast import token_losses
 from files import locked
 from model import Block, checkpointed
@@ -32,6 +33,7 @@ from training import directory
 from training.config import TrainConfig
 from training.directory import check_checkpoint, checkpoints
 from training.optimizer import MasterAdamW
+from training.stopping import not_finite_message
 
 
 def result(output: Path) -> dict:
@@ -208,7 +210,9 @@ def die():
     raise Killed
 
 
-@pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json", "sha256.json", None])
+@pytest.mark.parametrize(
+    "file", ["optimizer.safetensors", "state.json", "sha256.json", "optimizer-1.safetensors", None]
+)
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     run, tmp_path, monkeypatch, capsys, file
 ):
@@ -220,6 +224,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     newest = tmp_path / "run/checkpoints/step-000004"
     if file is None:
         (newest / "state.json").unlink()
+    elif file == "optimizer-1.safetensors":  # it would be read, too
+        shutil.copy(newest / "optimizer.safetensors", newest / file)
     else:
         content = bytearray((newest / file).read_bytes())
         content[len(content) // 2] ^= 1
@@ -271,9 +277,11 @@ def test_what_lies_beside_a_run_and_what_was_changed_in_it(run, tmp_path, monkey
     (tmp_path / "run/checkpoints/step-000003-backup").mkdir()  # no checkpoint of ours
     cfg = tmp_path / "run/expert_cfg.json"
     selected = cfg.read_text()
-    cfg.write_text(json.dumps({"experts": {"1": [0]}}))
-    with pytest.raises(ValueError, match="expert_cfg.json: selects other tensors than .*000003"):
-        run("run")
+    every = {layer: list(range(8)) for layer in json.loads(selected)["experts"]}
+    for experts in ({"1": [0]}, every):
+        cfg.write_text(json.dumps({"experts": experts}))
+        with pytest.raises(ValueError, match="cfg.json: selects other tensors than .*000003"):
+            run("run")
     cfg.write_text(selected)
     shutil.move(tmp_path / "run", tmp_path / "moved")  # to a larger disk, say
     assert result(run("moved")) == whole
@@ -364,6 +372,14 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_state_before(
     kept = [tmp_path / name / "checkpoints/step-000003" for name in ("run", "rows")]
     states = [(path / "optimizer.safetensors").read_bytes() for path in kept]
     assert states[0] == states[1]
+
+
+def test_padding_is_not_named_as_a_sample():
+    rows = Rows(*[torch.tensor([[0, 1], [2, 3]])] * 3)  # of three samples and padding
+    inputs = SimpleNamespace(rows=rows, samples=[None] * 3)
+    config = TrainConfig(data="d.jsonl")
+    said = not_finite_message(config, inputs, 0, [0, 1], torch.tensor([1.0, torch.nan]), 1.0)
+    assert "these samples of d.jsonl: 3 to 3." in said
 
 
 # ------------------------------------------------------------------------------------------

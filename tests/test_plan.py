@@ -19,6 +19,7 @@ from model import ModelConfig
 from processes import SingleProcess
 from train import compute_gradients, train
 from train_ep import Rehearsal, plan_ranks
+from training import plan as planning
 from training import report as reporting
 from training.config import TrainConfig
 from training.optimizer import MasterAdamW, mark_trained
@@ -110,6 +111,15 @@ def test_a_plan_over_ranks_does_not_depend_on_the_order_of_the_experts():
         rank = Rehearsal(4, 4, 8, cfg)
         needs.append(plan_rank(config, base, cfg, rank, compute_gradients))
     assert needs[0] == needs[1]
+    # The rank that is planned is the one that trains the most.
+    assert Rehearsal(4, 4, 8, {"experts": {"1": [0, 6], "2": [0, 6, 7]}}).member == 3
+
+
+def test_a_gpu_also_holds_what_is_no_tensor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert planning.fits("cuda", int(24e9 - 1.5 * 2**30)) == "GPU of 24 GB"
+    assert planning.fits("cuda", int(24e9 - 1.4 * 2**30)) == "GPU of 48 GB"
+    assert planning.fits("cuda", int(180e9)) == "no GPU to 180 GB"
 
 
 def test_plan_by_hand(tmp_path):

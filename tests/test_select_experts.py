@@ -16,6 +16,7 @@ from select_experts import (
     SelectionConfig,
     choose,
     collect_scores,
+    describe,
     read_scores,
     scoring_batches,
     select,
@@ -145,6 +146,13 @@ def test_published_selections(task, total, tmp_path, monkeypatch, capsys):
     assert f"selected {total} of 1664 experts" in capsys.readouterr().out
 
 
+def test_layers_are_described_in_their_order():
+    scores = {"token_scores": {"10": {"0": 0.25, "1": 0.75}, "9": {"0": 0.5, "1": 0.5}}}
+    text = describe(select(scores, "token", 0.6), scores, "token")
+    rows = [line.split() for line in text.split("\n")]
+    assert rows[1:3] == [["9", "2", "1.000", "0", "1"], ["10", "1", "0.750", "1"]]
+
+
 def test_controls_have_the_same_number_in_every_layer():
     rows = {"1": [0.1, 0.4, 0.1, 0.4], "2": [0.7, 0.1, 0.2, 0.0]}
     scores = {
@@ -212,6 +220,7 @@ def test_command_line_from_a_model(checkpoint, chat_file, tmp_path, monkeypatch,
         ),
         (["--scores", "x.json", "--output", "o", "--top_p", "2"], "top_p is 2.0"),
         (["--model", "m", "--output", "o"], "give --model and --data, or --scores alone"),
+        (["--scores", "x.json", "--output", "x.json"], "x.json: this command reads it"),
     ],
 )
 def test_impossible_arguments(arguments, message, monkeypatch):
@@ -225,6 +234,7 @@ def test_bad_score_files(tmp_path):
     for value, message in (
         ({}, "field token_scores"),
         ({"token_scores": {"1": {"0": "high"}}}, "layer '1'"),
+        ({"token_scores": {"1": {"0": 1.0}, "2": {"0": 0.5, "1": 0.5}}}, "layer '2'"),
         ({"gate_scores": {"1": {"0": 1.0}}}, "field token_scores"),
     ):
         path.write_text(json.dumps(value))

@@ -18,9 +18,10 @@ import train as trainer
 from adapter import load_adapter
 from checkpoint import load_model, read_config
 from config import read_keys
-from data import encode_file, load_tokenizer, pack
+from data import encode_file, load_tokenizer, pack, sample_tokens
 from fast import token_losses
 from merge import merge
+from select_experts import collect_scores, scoring_batches
 from train import command_line, train
 from training.config import TrainConfig
 from training.inputs import prepare_rows
@@ -297,6 +298,11 @@ def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path
     tokenizer = load_tokenizer(checkpoint)
     rows = pack(encode_file(other, tokenizer), 64, 0.0, tokenizer.eos_id, 0)[:2]
     assert token_losses(model, *rows)[0].mean().item() == pytest.approx(min(losses), rel=1e-5)
+    # What is reported of the trained model is of that state, too.
+    sizes = config.n_sample_tokens, config.seq_length, config.seed
+    sequences = sample_tokens(encode_file(chat_file, tokenizer), *sizes)
+    after = collect_scores(model, scoring_batches(sequences, tokenizer.eos_id))
+    assert json.loads((tmp_path / "run/scores_after.json").read_text()) == after
 
     # A run that continues after its best state does not take a worse one for better.
     class Stopped(Exception):
@@ -423,6 +429,18 @@ def test_masters_move_where_bfloat16_would_not():
         optimizer.step(1e-5)
         values.append(p.item())
     assert values[0] == start and values[-1] < start - 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_gradient_of_many_reaches_its_master(dtype):
+    parameters = {str(i): torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for i in range(70)}
+    optimizer = MasterAdamW(parameters, TrainConfig(learning_rate=1.0))
+    for factor in (1.0, 2.0):  # two micro-batches
+        for i, p in enumerate(parameters.values()):
+            p.grad = torch.full_like(p, factor * i)
+        optimizer.accumulate()
+        assert all(p.grad is None for p in parameters.values())
+    assert [g.tolist() for g in optimizer.gradients.values()] == [[3.0 * i] * 2 for i in range(70)]
 
 
 def test_norms_and_biases_do_not_decay():

@@ -23,6 +23,7 @@ from test_train import metrics
 import model
 import train_ep
 from checkpoint import load_model, read_checkpoint
+from processes import ManyProcesses
 from train import train
 from training.config import TrainConfig
 from training.directory import check_shared
@@ -479,6 +480,15 @@ def test_the_command_says_what_is_wrong_once(bases, chats, tmp_path, monkeypatch
     said = "".join(rank["stderr"] for rank in done)
     assert said == "error: ep_size is 4; must divide the 2 ranks\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_said_why_it_failed_is_not_also_missing():
+    ranks = ManyProcesses.__new__(ManyProcesses)
+    ranks.rank, ranks.world_size, ranks.store = 1, 3, torch.distributed.HashStore()
+    ranks.note_failure("no memory")
+    ranks.rank = 0
+    said = ranks.fate_of_others(0.2)
+    assert said == "rank 1 failed: no memory; rank 2 died or does not answer"
 
 
 # ------------------------------------------------------------------------------------------
