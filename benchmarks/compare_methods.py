@@ -31,7 +31,7 @@ from files import read_json, write_json  # noqa: E402
 RATES = [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]
 METHODS = {  # name -> keys of train.py, learning rates to try
     "esft": ({}, RATES),
-    "gate": ({"score": "gate"}, RATES),
+    "gate": ({"score": "gate", "top_p": 0.2}, RATES),  # the paper: 0.1
     "random": ({"selection": "random"}, RATES),
     "lowest": ({"selection": "lowest"}, RATES),
     "shared": ({"shared_experts": True}, RATES),

@@ -4,8 +4,10 @@ import argparse
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
 from config import add_keys, key, read_keys
+from train import command_line
 from training.config import TrainConfig
 
 
@@ -63,3 +65,10 @@ def test_a_switch_alone_means_true():
     assert not read("--overwrite", "false").overwrite and not read().overwrite
     with pytest.raises(ValueError, match="overwrite is 'yes'; must be true or false"):
         read("--overwrite", "yes")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_score_decides_how_much_is_selected_in_the_projects_own_configs(path):
+    for score, top_p in (("token", 0.2), ("gate", 0.1)):
+        arguments = command_line().parse_args(["--score", score, "--device", "cpu"])
+        assert read_keys(TrainConfig, arguments, str(path)).top_p == top_p
