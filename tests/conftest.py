@@ -3,6 +3,7 @@ tokenizer."""
 
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
 SHARED = ROOT.parent / "shared" / "data"  # published data, used where it is present
 
 
