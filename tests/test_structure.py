@@ -20,7 +20,7 @@ FLOORS = [
     {"train"},
     {"train_ep"},
 ]
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in sorted(rooms)}
 PACKAGES = {
     *("torch", "safetensors", "tokenizers", "numpy", "tqdm", "huggingface_hub", "jinja2"),
     "matplotlib",
