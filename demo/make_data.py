@@ -429,7 +429,11 @@ def main() -> None:
     # only.
     mixture = draw_mixture("train", args.seed, world)
     tokenizer = train_tokenizer(islice(mixture, TOKENIZER_MIXTURE_ROWS))
-    write(DEMO / "base" / "tokenizer.json", [tokenizer.to_str()])
+    content = json.loads(tokenizer.to_str())
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [" ".join(pair) for pair in merges]  # tokenizers < 0.20 read these
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    write(DEMO / "base" / "tokenizer.json", [text])
     config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
     write(DEMO / "base" / "tokenizer_config.json", [config])
 
