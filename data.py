@@ -1,243 +1,69 @@
-"""JSON lines -> token ids and labels -> packed rows -> the rows of a step; and padded batches for
-scoring and evaluation. The tasks of evaluations are in tasks/.
+"""Rows of text -> token ids and labels -> packed rows -> the rows of a step; and padded batches for
+scoring and evaluation. What a row's text is, is in chat/; the tasks of evaluations are in tasks/.
+
+    python data.py --model BASE --data FILE --show 3
+
+prints samples as the model gets them, with what is learned marked.
 
 A sample is a pair (input_ids, labels) of equally long lists. A label stands at the position of its
 own token (the loss shifts them by one). It is IGNORE where nothing is learned.
 """
 
-import gzip
+import argparse
 import math
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import tokenizers
 import torch
 from torch import Tensor
 
-from files import parse_json, read_json
+from chat import CHAT_FORMATS, OWN, Piece, Tokenizer, chat_pieces, load_tokenizer, read_pieces
+from checkpoint import local_directory
+from config import Keys, add_keys, key, read_keys
 
 IGNORE = -100  # the label that torch.nn.functional.cross_entropy passes over
 
 Sample = tuple[list[int], list[int]]
 
 
-@dataclass
-class ChatFormat:
-    """What surrounds the contents of a conversation. An end of sequence follows each answer."""
-
-    system: str
-    user: str  # ends with the words that ask for the answer
-    answer: str
-    special_tokens: tuple[str, ...] = ()
-
-
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-CHAT_FORMATS = {  # model_type -> its format; the paper and DeepSeekMoE-16B-chat use V2's, R1 V3's
-    "deepseek_v2": ChatFormat("{}\n\n", "User: {}\n\nAssistant:", " {}"),
-    "deepseek_v3": ChatFormat("{}", USER + "{}" + ASSISTANT, "{}", (USER, ASSISTANT)),
-}
-
-
-@dataclass
-class Tokenizer:
-    """A checkpoint's tokenizer, the ids of its begin and end of sequence, and a key of
-    CHAT_FORMATS."""
-
-    inner: tokenizers.Tokenizer
-    bos_id: int
-    eos_id: int
-    chat_format: str
-
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids, skip_special_tokens=True)
-
-
-def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
-    """Returns the tokenizer of a checkpoint. tokenizer_config.json says which tokens begin and end
-    a sequence. If `chat_format` is empty, the model_type in config.json decides. Raises
-    FileNotFoundError or ValueError that names file and field."""
-    directory = Path(directory)
-    path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    tiktoken = sorted(directory.glob("*tiktoken*"))
-    if tiktoken and not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; {tiktoken[0].name} is a tiktoken file, which is not read. "
-            "Convert it once, with the pattern and special tokens of the checkpoint's own "
-            "tokenizer code: transformers.integrations.tiktoken.convert_tiktoken_to_fast("
-            f"tiktoken.Encoding(...), {str(directory)!r})"
-        )
-    for needed in (path, config_path):
-        if not needed.is_file():
-            raise FileNotFoundError(f"{needed}: no such file")
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for a file that it cannot read
-        raise ValueError(f"{path}: not a tokenizer file: {error}") from None
-    inner.no_padding()
-    inner.no_truncation()
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: must be a JSON object")
-    ids = []
-    for field in ("bos_token", "eos_token"):
-        token = config.get(field)
-        token = token.get("content") if isinstance(token, dict) else token
-        number = inner.token_to_id(token) if isinstance(token, str) else None
-        if number is None:
-            found = f"{field} is {config.get(field)!r}"
-            raise ValueError(f"{config_path}: {found}; must be a token of {path.name}")
-        ids.append(number)
-    raw = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    count, most = inner.get_vocab_size(), raw.get("vocab_size", math.inf)
-    if count > most:
-        raise ValueError(f"{path}: has {count} tokens; vocab_size is {most}")
-    family = raw.get("model_type", "deepseek")
-    chat_format = chat_format or {"deepseek": "deepseek_v2"}.get(family, family)
-    if chat_format not in CHAT_FORMATS:
-        raise ValueError(f"chat_format is {chat_format!r}; must be {', '.join(CHAT_FORMATS)}")
-    return Tokenizer(inner, *ids, chat_format)
-
-
-def read_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """Returns (where, row) for every row of a file of JSON lines or of one JSON array, plain or
-    compressed with gzip (NAME.gz). `where` names file and line. Raises OSError or ValueError."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; a data file is required")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        text = content.decode("utf-8-sig")  # some editors put a byte order mark first
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a gzip file: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-    if text.lstrip().startswith("["):
-        rows = [(f"{path}: row {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
-    else:
-        lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1)]
-        rows = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
-    if not rows:
-        raise ValueError(f"{path}: the file is empty; at least one row is required")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: must be a JSON object, found {row!r:.60}")
-    return rows
-
-
-def is_text(value) -> bool:
-    """Returns whether a value is a string that can be written, without half a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-class Piece(NamedTuple):
-    """A part of a sample."""
-
-    text: str
-    is_answer: bool = False  # then an end of sequence follows
-    is_learned: bool = False
-
-
-def text_field(row: dict, field: str, where: str) -> str:
-    if not is_text(row.get(field)):
-        raise ValueError(f"{where}: field {field} is {row.get(field)!r:.60}; a string is required")
-    return row[field]
-
-
-def chat_pieces(messages: list[dict], chat_format: str, where: str = "messages") -> list[Piece]:
-    """Returns a piece for each message, with contents stripped. A system message may come first;
-    then come questions and answers. `"mask": 1` leaves an answer out of the loss. Raises ValueError
-    that names row and field."""
-    form = CHAT_FORMATS[chat_format]
-    if not isinstance(messages, list) or not messages:
-        found = f"field messages is {messages!r:.60}"
-        raise ValueError(f"{where}: {found}; a list of messages is required")
-    pieces = []
-    for i, message in enumerate(messages):
-        here = f"{where}: messages[{i}]"
-        if not isinstance(message, dict):
-            found = f"{here} is {message!r:.60}"
-            raise ValueError(f"{found}; an object with role and content is required")
-        role, content = message.get("role"), text_field(message, "content", here).strip()
-        if role == "user":
-            pieces.append(Piece(form.user.format(content)))
-        elif role == "system":
-            if i > 0:
-                raise ValueError(f"{here}: field role is 'system'; only the first message may be")
-            pieces.append(Piece(form.system.format(content)))
-        elif role == "assistant":
-            if not content:
-                raise ValueError(f"{here}: field content is empty; an answer is required")
-            if message.get("mask", 0) not in (0, 1):
-                raise ValueError(f"{here}: field mask is {message['mask']!r}; must be 0 or 1")
-            pieces.append(Piece(form.answer.format(content), True, message.get("mask", 0) != 1))
-        else:
-            raise ValueError(f"{here}: field role is {role!r}; must be system, user or assistant")
-    if not pieces[-1].is_answer:
-        end = f"messages end with role {messages[-1]['role']}"
-        raise ValueError(f"{where}: {end}; the answer, role assistant, is missing")
-    return pieces
-
-
-def check_chat_tokens(tokenizer: Tokenizer, what: str) -> None:
-    """Raises ValueError if the tokenizer lacks a token of its chat format."""
-    for token in CHAT_FORMATS[tokenizer.chat_format].special_tokens:
-        if tokenizer.inner.token_to_id(token) is None:
-            raise ValueError(
-                f"{what} in chat_format {tokenizer.chat_format} need the token {token}, which this "
-                "tokenizer lacks; set another chat_format, or give text that carries its own"
-            )
-
-
-def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[Piece]:
-    """Returns the pieces of a row of `messages`, or of `prompt` and `completion`, which are taken
-    as they are."""
-    if "messages" in row:
-        check_chat_tokens(tokenizer, f"{where}: messages")
-        return chat_pieces(row["messages"], tokenizer.chat_format, where)
-    if "prompt" not in row:
-        raise ValueError(f"{where}: field messages (or prompt and completion) is missing")
-    if "raw_answers" in row:
-        raise ValueError(f"{where}: field completion is missing: looks like an evaluation file")
-    prompt, completion = text_field(row, "prompt", where), text_field(row, "completion", where)
-    if not completion.strip():
-        raise ValueError(f"{where}: field completion is empty; an answer is required")
-    return [Piece(prompt), Piece(completion, True, True)]
-
-
 def encode_chat(messages: list[dict], tokenizer: Tokenizer) -> Sample:
-    """Returns (input_ids, labels) of a conversation; see `chat_pieces` for format and errors."""
-    return encode_pieces([chat_pieces(messages, tokenizer.chat_format)], tokenizer)[0]
+    """Returns (input_ids, labels) of a conversation; see `chat_pieces` for its form and errors."""
+    return encode_pieces([chat_pieces(messages, tokenizer, "conversation")], tokenizer)[0]
 
 
 def encode_file(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
-    """Returns all rows of a data file as samples. Checks every row before it encodes the first."""
-    rows = [row_pieces(row, tokenizer, where) for where, row in read_rows(path)]
-    return encode_pieces(rows, tokenizer)
+    """Returns all rows of a data file as samples. Checks every row before it encodes the first.
+    Raises OSError, and ValueError that names file, line and field."""
+    samples = encode_pieces(read_pieces(path, tokenizer), tokenizer)
+    if not any(is_learned(sample) for sample in samples):
+        raise ValueError(f"{path}: holds no answer to learn from; every one is masked")
+    return samples
+
+
+def is_learned(sample: Sample) -> bool:
+    """Returns whether a sample has a label that counts, the first one apart."""
+    return any(label != IGNORE for label in sample[1][1:])
 
 
 def encode_pieces(rows: list[list[Piece]], tokenizer: Tokenizer) -> list[Sample]:
-    """Returns a sample for each row of pieces. The begin of sequence is learned, as in the original
-    code: it is predicted where the sample stands behind another one in a packed row."""
+    """Returns a sample for each row of pieces. Where an answer is learned, so is the begin of
+    sequence, as in the original code: it is predicted where the sample stands behind another one in
+    a packed row."""
     all_ids = iter(tokenizer.encode_all([piece.text for pieces in rows for piece in pieces]))
     samples = []
     for pieces in rows:
-        input_ids, labels = [tokenizer.bos_id], [tokenizer.bos_id]
+        input_ids, labels = [], []
         for piece in pieces:
-            ids = next(all_ids) + ([tokenizer.eos_id] if piece.is_answer else [])
+            ids = next(all_ids)
             input_ids += ids
             labels += ids if piece.is_learned else [IGNORE] * len(ids)
+        if is_learned((input_ids, labels)) and input_ids[0] == tokenizer.bos_id:
+            labels[0] = tokenizer.bos_id
         samples.append((input_ids, labels))
     return samples
 
@@ -356,3 +182,61 @@ def sample_tokens(
         drawn.append(samples[i][0][:max_length])
         total += len(drawn[-1])
     return drawn
+
+
+# ------------------------------------------------------------------------------------------
+# Command line: what a run would learn
+
+
+def shown(sample: Sample, tokenizer: Tokenizer) -> str:
+    """Returns a sample's text, special tokens included, with what is learned between « and »."""
+    parts = []
+    for learned, pairs in groupby(zip(*sample), key=lambda pair: pair[1] != IGNORE):
+        text = tokenizer.inner.decode([token for token, _ in pairs], skip_special_tokens=False)
+        parts.append(f"«{text}»" if learned else text)
+    return "".join(parts)
+
+
+@dataclass
+class ShowConfig(Keys):
+    model: str = key("", "checkpoint whose tokenizer and chat format count: directory or hub name")
+    data: str = key("", "a training file, as for train.py")
+    chat_format: str = key("", "as for train.py", choices=[OWN, *CHAT_FORMATS])
+    show: int = key(3, "samples to print", at_least=1)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description="Print samples of a training file as the model gets them. What is learned "
+        "stands between « and ». Look here first when a run does not learn.",
+    )
+    add_keys(parser, ShowConfig)
+    return parser
+
+
+def main() -> None:
+    try:
+        config = read_keys(ShowConfig, command_line().parse_args())
+        for name in ("model", "data"):
+            if not getattr(config, name):
+                raise ValueError(f"--{name} is required")
+        tokenizer = load_tokenizer(local_directory(config.model), config.chat_format)
+        samples = encode_file(config.data, tokenizer)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    lengths = [len(ids) for ids, _ in samples]
+    learned = [sum(label != IGNORE for label in labels[1:]) for _, labels in samples]
+    for i, sample in enumerate(samples[: config.show]):
+        print(f"sample {i + 1}: {lengths[i]} tokens, {learned[i]} learned")
+        print(f"{shown(sample, tokenizer)}\n")
+    print(f"chat format: {tokenizer.chat.name} ({tokenizer.chat.source})")
+    print(
+        f"{len(samples):,} samples, {sum(n == 0 for n in learned)} of them with nothing to learn; "
+        f"{sum(lengths):,} tokens, {sum(learned):,} learned; the longest has {max(lengths):,}"
+    )
+    print(f"next: python train.py --model {config.model} --data {config.data} --output_dir DIR")
+
+
+if __name__ == "__main__":
+    main()

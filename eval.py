@@ -29,15 +29,18 @@ from statistics import fmean
 import torch
 
 from adapter import load_adapter, read_adapter
+from chat import CHAT_FORMATS, OWN, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
 from config import Keys, add_keys, key, read_keys, refusal
-from data import CHAT_FORMATS, load_tokenizer, read_rows
 from files import check_output_file, locked, read_json, write_json, write_lines
 from model import Transformer
 from processes import SingleProcess, meet
 from tasks import TASKS, Ask, Judge, Result, read_examples, score
 
 SECONDS_BETWEEN_WORDS = 60.0  # on how far a run is, where no progress bar shows it
+# What decides prompts and ends beside the weights. Those that a checkpoint lacks do not count.
+SETTINGS = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+SETTINGS += ["chat_template.jinja"]
 WEEK = 7 * 24 * 3600.0  # seconds; a rank waits as long as another one decodes
 
 
@@ -53,7 +56,11 @@ class EvalConfig(Keys):
     max_new_tokens: int = key(0, "longest completion; 0: the task's own, 32 to 512", at_least=1)
     batch_size: int = key(64, "prompts decoded together", at_least=1)
     limit: int | None = key(None, "only the first examples; a larger limit continues", at_least=1)
-    chat_format: str = key("", "of questions; empty: the model family's", choices=CHAT_FORMATS)
+    chat_format: str = key(
+        "",
+        "of questions; empty: the checkpoint's own, or its family's",
+        choices=(OWN, *CHAT_FORMATS),
+    )
     plain: bool = key(False, "questions without the chat format, for models not trained to chat")
     model_config: list[str] = key((), "FIELD=VALUE ...: changes to config.json; VALUE is JSON")
     overwrite: bool = key(False, "replace what other settings, adapters or data made of output")
@@ -171,7 +178,8 @@ class Evaluation:
             sizes = self.identity["max_new_tokens"], self.config.batch_size
             answers = TASKS[self.task].predict(model, ask, examples, *sizes)
             for count, (i, example) in enumerate(answers, 1):
-                out.write(json.dumps({"number": numbers[i], "example": example}) + "\n")
+                row = {"number": numbers[i], "example": example}
+                out.write(json.dumps(row, allow_nan=False) + "\n")
                 out.flush()
                 if time.monotonic() > spoken + SECONDS_BETWEEN_WORDS:
                     spoken = time.monotonic()
@@ -221,7 +229,7 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
     context = read_json(base / "config.json").get("max_position_embeddings")
     context = context if isinstance(context, int) else None
     ask = Ask(load_tokenizer(base, config.chat_format), config.plain, context)
-    settings = [base / f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
+    settings = [base / name for name in SETTINGS if (base / name).is_file()]
     made_by = {"base": meta.fingerprint, "base's settings": hash_files(settings)}
     made_by |= {"model_config": config.model_config} if config.model_config else {}
     variants = [("base", None, None)] if config.base or not config.adapter else []
@@ -250,7 +258,7 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
             "adapter": weights,
             "task": task,
             "data or prompts": digest,
-            "chat_format": ask.tokenizer.chat_format,
+            "chat_format": ask.tokenizer.chat.name,
             "max_new_tokens": config.max_new_tokens or TASKS[task].max_new_tokens,
             "dtype": str(choose_dtype(config.dtype, device)),
         }
@@ -468,7 +476,7 @@ def main() -> None:
         else:
             ranks = meet(WEEK)
             evaluate(config, ranks)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

@@ -64,12 +64,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+    """Raises ValueError for a number that is not finite: JSON has none."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False) + "\n")
 
 
 def write_lines(path: str | Path, records: Iterable) -> None:
-    """Writes one line of JSON for each record."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    """Writes one line of JSON for each record. Raises ValueError as `write_json`."""
+    lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+    write_text(path, "".join(lines))
 
 
 def sync_directory(path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Greedy decoding in batches, and the likelihoods of given tokens.
+"""Greedy decoding in batches, and the likelihoods of given tokens. Both raise FloatingPointError,
+which names row and layer, at logits that are not finite.
 
 This file knows token ids only: what a prompt says and what an answer is worth is in tasks/. What
 makes a step faster on a GPU is in fast/decoding.py.
@@ -7,7 +8,8 @@ Dimensions: B rows, D hidden size, N wanted tokens of a row, V tokens of the voc
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -26,18 +28,26 @@ Rows = list[list[int]]  # token ids
 
 
 def generate(
-    model: Transformer, prompts: Rows, max_new_tokens: int, eos_id: int, batch_size: int = 64
+    model: Transformer,
+    prompts: Rows,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    batch_size: int = 64,
 ) -> Rows:
-    """Returns the greedy continuation of each prompt, without the `eos_id` that ends it. Prompts
-    may have any lengths, and a row does not depend on the others in its batch. Raises ValueError
-    for an empty prompt."""
-    rows = dict(generate_each(model, prompts, max_new_tokens, eos_id, batch_size))
+    """Returns the greedy continuation of each prompt, up to the first of `eos_ids`. Prompts may
+    have any lengths, and a row does not depend on the others in its batch. Raises ValueError for
+    an empty prompt."""
+    rows = dict(generate_each(model, prompts, max_new_tokens, eos_ids, batch_size))
     return [rows[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
 def generate_each(
-    model: Transformer, prompts: Rows, max_new_tokens: int, eos_id: int, batch_size: int
+    model: Transformer,
+    prompts: Rows,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    batch_size: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields (number of the prompt, its continuation) as batches end, the shortest prompts first.
     Prompts of similar length share a batch."""
@@ -55,7 +65,7 @@ def generate_each(
             if decoder is None or not on_gpu:  # a GPU keeps one decoder, whose step is captured
                 longest = len(prompts[order[-1] if on_gpu else batch[-1]])
                 length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
-                decoder = Decoder(model, len(batch), length, max_new_tokens, eos_id, compiled)
+                decoder = Decoder(model, len(batch), length, max_new_tokens, eos_ids, compiled)
             rows = decoder([prompts[i] for i in batch])
             new += sum(map(len, rows))
             bar.update(len(batch))
@@ -79,10 +89,10 @@ class Decoder:
         rows: int,
         length: int,
         max_new_tokens: int,
-        eos_id: int,
+        eos_ids: Collection[int],
         compiled: bool = False,
     ):
-        self.model, self.eos_id = model, eos_id
+        self.model, self.eos_ids = model, list(eos_ids)
         self.run_block = compiled_blocks(model, rows) if compiled else Block.__call__
         self.weight = model.lm_head.weight
         device = self.weight.device
@@ -91,6 +101,8 @@ class Decoder:
         self.count = torch.zeros(1, dtype=torch.int64, device=device)  # of new tokens
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the last one
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.ends = torch.tensor(self.eos_ids, device=device)
+        self.finite = torch.ones(rows, dtype=torch.bool, device=device)  # all logits so far
         on_gpu = self.weight.is_cuda
         self.step = captured(self.decode_one, model, rows) if on_gpu else self.decode_one
         self.steps_between_looks = STEPS_BETWEEN_LOOKS if on_gpu else 1
@@ -103,7 +115,11 @@ class Decoder:
                 break
             self.step()
         rows = self.new[: len(prompts), : int(self.count)].tolist()
-        return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+        rows = [list(takewhile(lambda token: token not in self.eos_ids, row)) for row in rows]
+        finite = self.finite.tolist()
+        if bad := [p + row for p, row, good in zip(prompts, rows, finite) if not good]:
+            raise FloatingPointError(not_finite(self.model, bad))
+        return rows
 
     def prefill(self, prompts: Rows) -> None:
         """Runs the prompts, up to PREFILL_TOKENS in a pass, and chooses each one's next token."""
@@ -111,11 +127,12 @@ class Decoder:
         self.cache.seen.zero_()
         self.done.fill_(True)
         self.done[: len(prompts)] = False
+        self.finite.fill_(True)
         hidden = self.weight.new_zeros(len(self.done), self.weight.shape[1])  # (B, D)
         rows = max(PREFILL_TOKENS // max(map(len, prompts)), 1)
         for start in range(0, len(prompts), rows):
             part = slice(start, min(start + rows, len(prompts)))
-            tokens = pad(prompts[part], self.eos_id).to(self.weight.device)  # padded at the end
+            tokens = pad(prompts[part], self.eos_ids[0]).to(self.weight.device)  # padded at the end
             lengths = torch.tensor([len(p) for p in prompts[part]], device=self.weight.device)
             cache = Cache(self.cache.layers[:, part], torch.zeros_like(lengths))
             states, _ = self.model.hidden_states(tokens, cache)
@@ -130,8 +147,11 @@ class Decoder:
 
     def append(self, hidden: Tensor) -> None:
         """Chooses the next token of each row from its final state (B, D)."""
-        token = self.model.lm_head(hidden).argmax(-1).masked_fill(self.done, self.eos_id)
-        self.done |= token == self.eos_id
+        logits = self.model.lm_head(hidden)  # (B, V)
+        token = logits.argmax(-1)  # that of a NaN, if there is one
+        self.finite &= logits.gather(1, token[:, None])[:, 0].isfinite() | self.done
+        token = token.masked_fill(self.done, self.eos_ids[0])
+        self.done |= (token[:, None] == self.ends).any(1)
         self.new.index_copy_(1, self.count, token[:, None])
         self.count += 1
         self.token.copy_(token[:, None])
@@ -157,6 +177,32 @@ def likelihoods(
             chosen = logits.gather(1, token[:, None])[:, 0]
             logs.append(chosen - logits.logsumexp(1))
             hits.append(logits.argmax(1) == token)
+        if not all(part.isfinite().all() for part in logs):
+            raise FloatingPointError(not_finite(model, [rows[i] for i in batch]))
         sizes = [len(wanted[i]) for i in batch]
         logs, hits = (torch.cat(values).cpu().split(sizes) for values in (logs, hits))
         yield from zip(batch, logs, hits)
+
+
+@torch.inference_mode()
+def not_finite(model: Transformer, rows: Rows) -> str:
+    """Returns where the first numbers that are not finite come from, as `rows` run."""
+    layers = [f"layer {i}" for i in range(len(model.model.layers))]
+    for row in rows:
+        tokens = torch.tensor([row], device=model.lm_head.weight.device)
+        finite = [model.model.embed_tokens(tokens).isfinite().all()]
+
+        def run_block(block: Block, *args):
+            out = block(*args)
+            finite.append(out[0].isfinite().all())
+            return out
+
+        states, _ = model.hidden_states(tokens, run_block=run_block)
+        finite.append(model.lm_head(states).isfinite().all())
+        for place, is_finite in zip(["the embedding", *layers, "the last norm or head"], finite):
+            if not is_finite:
+                of = f"a row of {len(row)} tokens that begins with {row[:8]}"
+                return (
+                    f"{place} gives numbers that are not finite, for {of}; are its weights right?"
+                )
+    return "a row has logits that are not finite; when it runs again, they are"

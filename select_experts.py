@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from checkpoint import choose_dtype, load_model, local_directory, read_config
 from config import Keys, add_keys, key, read_keys
-from data import CHAT_FORMATS, by_length, encode_file, load_tokenizer, pad, sample_tokens
+from data import by_length, encode_file, pad, sample_tokens
+from chat import CHAT_FORMATS, OWN, load_tokenizer
 from files import check_output_file, read_json, write_json
 from model import Routing, Transformer
 from processes import SingleProcess, meet
@@ -57,7 +58,8 @@ def collect_scores(
     The gate score is g_i = 1/Ns sum_j 1/L_j sum_t g_i(t). The token selection ratio r_i has
     1(g_i(t) > 0) / K in place of the gate (ESFT, eq. 5 and 6). That is `average` "samples".
     "tokens" pools the tokens of all samples, as the published scores do. The gate is what the
-    router gives, before routed_scaling_factor."""
+    router gives, before routed_scaling_factor. Raises FloatingPointError, which names the layer,
+    for gates that are not finite."""
     config, device = model.config, model.lm_head.weight.device
     shape = (config.num_hidden_layers, len(SCORES), config.n_routed_experts)
     totals = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -79,6 +81,13 @@ def collect_scores(
         model.hidden_states(tokens.to(device), watch=watch)
         count += len(lengths) if average == "samples" else lengths.sum().item()
     totals, count = ranks.sum(totals.cpu()), ranks.sum(torch.tensor(count, dtype=torch.float64))
+    finite = totals.isfinite().all(2).all(1)  # (layers,)
+    if not finite.all():
+        layer = finite.tolist().index(False)
+        raise FloatingPointError(
+            f"layer {layer}: the router's gates are not finite; are the weights of this layer, and "
+            "of the one before, right in the checkpoint?"
+        )
     scores: Scores = {}
     for i, (name, score) in enumerate(SCORES.items()):
         total = totals[:, i]
@@ -149,6 +158,7 @@ SELECTIONS = {"highest": highest, "lowest": lowest, "random": drawn}
 PAPER = ", ".join(f"{score.default_top_p} for {name}" for name, score in SCORES.items())
 AVERAGES = ("tokens", "samples")
 DTYPES = ("bfloat16", "float32")
+FORMATS = (OWN, *CHAT_FORMATS)
 
 
 @dataclass
@@ -166,7 +176,9 @@ class SelectionConfig(Keys):
     seq_length: int = key(4096, "tokens of a packed row; samples are cut to it", at_least=2)
     shared_experts: bool = key(False, "train the shared experts, too")
     non_expert_modules: bool = key(False, "train attention, norms, router, embeddings, head, too")
-    chat_format: str = key("", "(default: that of the model's family)", choices=CHAT_FORMATS)
+    chat_format: str = key(
+        "", "template: the checkpoint's own, the default where it has one", choices=FORMATS
+    )
     seed: int = key(0, "of everything that is drawn", at_least=0, below=2**63)
     device: str = key("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     dtype: str = key("", "of weights (default: bfloat16 on a GPU, else float32)", choices=DTYPES)
@@ -280,7 +292,7 @@ def scores_of_data(config: SelectionConfig, ranks: SingleProcess) -> Scores:
     dtype = choose_dtype(config.dtype, config.device)
     model = load_model(base, config.device, dtype, changes=config.model_config)
     sequences = sample_tokens(samples, config.n_sample_tokens, config.seq_length, config.seed)
-    batches = scoring_batches(sequences, tokenizer.eos_id, ranks=ranks)
+    batches = scoring_batches(sequences, tokenizer.pad_id, ranks=ranks)
     return collect_scores(model, batches, config.average, ranks)
 
 
@@ -314,7 +326,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     try:
         run(command_line().parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; no selection was written") from None

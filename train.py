@@ -27,6 +27,7 @@ from checkpoint import load_model
 from config import read_keys
 from data import Rows, micro_batches, rows_of_step, sample_tokens
 from files import read_json, write_json, write_lines
+from generate import not_finite
 from lora import save_lora
 from model import Block, Transformer, checkpointed, token_losses
 from processes import SingleProcess
@@ -115,9 +116,9 @@ def score_experts(
     else they are computed and written to it."""
 
     def collect() -> Scores:
-        sizes = config.n_sample_tokens, config.seq_length, config.seed
+        sizes = config.scored_tokens, config.seq_length, config.seed
         sequences = sample_tokens(inputs.samples, *sizes)
-        batches = scoring_batches(sequences, inputs.tokenizer.eos_id)
+        batches = scoring_batches(sequences, inputs.tokenizer.pad_id)
         return collect_scores(model, batches, config.average)
 
     return output.once(name, collect, lambda path: read_scores(path, config.score))
@@ -204,7 +205,8 @@ def loop(job: Job, state: dict, started: float) -> float | None:
             if held_out is not None and (state["step"] % config.eval_steps == 0 or last):
                 loss = record["validation_loss"] = validate(config, job.model, held_out)
                 if not math.isfinite(loss):  # the step's weights are bad: they are not saved
-                    raise FloatingPointError(f"step {step + 1}: the validation loss is {loss}")
+                    bad = not_finite(job.model, held_out.tokens.tolist())
+                    raise FloatingPointError(f"step {step + 1}: validation loss is {loss}: {bad}")
                 if state["best_loss"] is None or loss < state["best_loss"]:
                     state["best_loss"] = loss
                     job.save_adapter()
@@ -240,7 +242,7 @@ def compute_gradients(
 
     The loss is the sum over the labels that count, divided by their number in the whole step, so
     all labels weigh the same. `alpha` is the weight of the load balance loss."""
-    learned, count = max(rows.learned.sum().item(), 1), len(rows.tokens)  # perhaps no label counts
+    learned, count = rows.learned.sum().item(), len(rows.tokens)
     row_losses = torch.zeros(count, device=config.device)
     size = count // config.gradient_accumulation_steps  # a plan takes fewer rows than batch_size
     for mine in micro_batches(count, size, ranks.rank, ranks.world_size):

@@ -37,9 +37,8 @@ def ours(model: Transformer, prompts: list, new: int, compiled: bool, device: st
     """Seconds a step, for the prompts, and until the decoder was ready."""
     start = time.perf_counter()
     # No token ends a row here: the id that would is never chosen (it is none).
-    decoder = Decoder(
-        model, len(prompts), len(prompts[0]) + new, new, model.config.vocab_size - 1, compiled
-    )
+    ends = [model.config.vocab_size - 1]
+    decoder = Decoder(model, len(prompts), len(prompts[0]) + new, new, ends, compiled)
     synchronise(device)
     ready = time.perf_counter() - start
     prefill = median_seconds(lambda: decoder.prefill(prompts), device, 3)

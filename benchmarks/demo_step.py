@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_model  # noqa: E402
 from config import read_keys  # noqa: E402
-from data import Rows, encode_file, load_tokenizer, rows_of_step, sample_tokens  # noqa: E402
+from chat import load_tokenizer  # noqa: E402
+from data import Rows, encode_file, rows_of_step, sample_tokens  # noqa: E402
 from processes import SingleProcess  # noqa: E402
 from select_experts import choose, collect_scores, scoring_batches  # noqa: E402
 from train import command_line, compute_gradients  # noqa: E402
@@ -48,7 +49,7 @@ def demo_work(config: TrainConfig) -> tuple[Rows, dict]:
     rows, _ = prepare_rows(config, samples, tokenizer)
     chosen = rows_of_step(len(rows.tokens), config.batch_size, config.seed, 0)
     drawn = sample_tokens(samples, config.n_sample_tokens, config.seq_length, config.seed)
-    batches = scoring_batches(drawn, tokenizer.eos_id)
+    batches = scoring_batches(drawn, tokenizer.pad_id)
     scores = collect_scores(load_model(config.model, dtype=torch.float32), batches, config.average)
     return rows.take(chosen), choose(scores, config)
 

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from data import Tokenizer
+from chat import Tokenizer
 from model import Transformer
 from tasks.common import Ask, Result, Task
 from tasks.judge import Judge

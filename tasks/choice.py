@@ -10,7 +10,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from data import Tokenizer, text_field
+from chat import Tokenizer, text_field
 from files import read_json
 from generate import likelihoods
 from model import Transformer
@@ -70,15 +70,16 @@ def choice_likelihoods(
     places = []  # for each choice: its row, and where its tokens are in what is wanted
     for example in examples:
         texts = [join_choice(example["prompt"], choice) for choice in example["choices"]]
-        prompt, *choices = tokenizer.encode_all([example["prompt"], *texts])
+        prompt, *choices = tokenizer.encode_prompts([example["prompt"], *texts])
         # The first letters of a choice may merge with the last of the prompt: that token counts.
         columns = enumerate(zip_longest(prompt, *choices))
         known = next((n for n, tokens in columns if len(set(tokens)) > 1), len(prompt))
+        known = max(known, 1)  # nothing stands before the first token
         for ids in choices:
-            row = (tokenizer.bos_id, *ids[:-1])
+            row = tuple(ids[:-1])
             wanted = rows.setdefault(row, [])
             places.append((row, slice(len(wanted), len(wanted) + len(ids) - known)))
-            wanted += [(n + 1, ids[n]) for n in range(known, len(ids))]
+            wanted += [(n, ids[n]) for n in range(known, len(ids))]
     found, keys = {}, list(rows)
     for i, logs, _ in likelihoods(model, [list(row) for row in keys], list(rows.values())):
         found[keys[i]] = logs.double()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from data import read_rows, text_field
+from chat import read_rows, text_field
 from tasks.common import Ask, Result, Task, by_row, text_list
 from tasks.sandbox import missing_guards, run_programs
 

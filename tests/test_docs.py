@@ -83,7 +83,9 @@ def test_the_readme_is_one_screen_and_a_page():
     assert len(text.split()) <= 1200 and len(text.splitlines()) <= 150
     assert max(map(len, text.splitlines())) <= 100
     assert "pip install -r requirements.txt && python train.py --config configs/demo.toml\n" in text
-    assert "pip install -r tests/requirements.txt && python -m pytest -n 2 --dist loadfile\n" in text
+    assert (
+        "pip install -r tests/requirements.txt && python -m pytest -n 2 --dist loadfile\n" in text
+    )
     for command in re.findall(r"^pip install -r .*", (ROOT / ".ci/run").read_text(), flags=re.M):
         assert f"    {command}\n" in text
     assert (ROOT / "docs/scores.png").stat().st_size <= 200_000

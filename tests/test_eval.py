@@ -11,7 +11,8 @@ from conftest import save_tokenizer, save_with_transformers
 import eval as evaluation
 import tasks.common
 from checkpoint import load_model
-from data import encode_file, load_tokenizer
+from chat import load_tokenizer
+from data import encode_file
 from tasks import answer_file, read_examples, score
 
 

@@ -106,7 +106,7 @@ def test_decoding_with_and_without_cache_agrees(family, seed, tmp_path):
     model = load_model(tmp_path, dtype=torch.float32)
     prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :40].tolist()]
     with torch.no_grad():
-        cached = generate(model, prompts, max_new_tokens=8, eos_id=95)
+        cached = generate(model, prompts, max_new_tokens=8, eos_ids=[95])
         for prompt, completion in zip(prompts, cached):
             row = [*prompt, *completion]
             best = model(torch.tensor([row]))[0, len(prompt) - 1 :].argmax(-1).tolist()

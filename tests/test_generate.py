@@ -34,9 +34,9 @@ def test_greedy_decoding_equals_transformers_for_any_batch(seed, family, tmp_pat
     expected = [transformers_greedy(prompt, eos_id) for prompt in prompts]
     assert len({len(row) for row in expected}) > 1
     for batch_size in (1, 3, 6):
-        assert generate(model, prompts, 12, eos_id, batch_size) == expected
+        assert generate(model, prompts, 12, [eos_id], batch_size) == expected
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 40)  # a batch's prompts in several passes
-    assert generate(model, prompts, 12, eos_id) == expected
+    assert generate(model, prompts, 12, [eos_id]) == expected
 
 
 @torch.inference_mode()
@@ -44,17 +44,17 @@ def test_a_decoder_serves_batch_after_batch_and_stops_early(tmp_path):
     save_with_transformers(tmp_path, seed=1)
     model = load_model(tmp_path, dtype=torch.float32)
     prompts = [[5, 6, 7], [8], [9, 10]]
-    alone = [generate(model, [prompt], 12, 95)[0] for prompt in prompts]
-    decoder = Decoder(model, rows=3, length=3 + 12, max_new_tokens=12, eos_id=95)
+    alone = [generate(model, [prompt], 12, [95])[0] for prompt in prompts]
+    decoder = Decoder(model, rows=3, length=3 + 12, max_new_tokens=12, eos_ids=[95])
     assert decoder(prompts) == alone
     for _ in range(2):  # with idle rows
         assert decoder(prompts[1:2]) == alone[1:2] and decoder(prompts) == alone
     eos_id = alone[0][3]
-    ending = Decoder(model, rows=2, length=3 + 12, max_new_tokens=12, eos_id=eos_id)
+    ending = Decoder(model, rows=2, length=3 + 12, max_new_tokens=12, eos_ids=[eos_id])
     assert ending(prompts[:1]) == [alone[0][: alone[0].index(eos_id)]]
     assert ending.count == alone[0].index(eos_id) + 1 < 12
 
 
 def test_an_empty_prompt_is_refused(checkpoint):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(load_model(checkpoint), [[1], []], 3, eos_id=1)
+        generate(load_model(checkpoint), [[1], []], 3, eos_ids=[1])

@@ -10,7 +10,7 @@ from conftest import save_tokenizer, save_with_transformers
 from published_rows import BOS, EOS, write_rows
 
 from checkpoint import load_model
-from data import load_tokenizer
+from chat import load_tokenizer
 from tasks import TASKS, Ask, answer_file, read_examples, score
 from tasks.choice import choice_likelihoods
 

@@ -10,7 +10,8 @@ from test_model import small_moe
 
 import select_experts
 from checkpoint import load_model
-from data import encode_file, load_tokenizer, sample_tokens
+from chat import load_tokenizer
+from data import encode_file, sample_tokens
 from model import MoE
 from select_experts import (
     SelectionConfig,

@@ -10,9 +10,9 @@ from conftest import ROOT
 
 FLOORS = [
     {"model", "files", "stored_tensors", "config", "processes"},
-    {"fast"},
-    {"checkpoint", "data"},
-    {"lora"},
+    {"fast", "chat"},
+    {"checkpoint"},
+    {"lora", "data"},
     {"adapter"},
     {"select_experts", "generate", "merge"},
     {"tasks"},

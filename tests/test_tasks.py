@@ -29,7 +29,7 @@ from published_rows import (
 
 import tasks
 from checkpoint import load_model
-from data import load_tokenizer
+from chat import load_tokenizer
 from eval import rescore
 from files import write_lines
 from tasks import TASKS, Ask, answer_file, find_tasks, read_examples, score

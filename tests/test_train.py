@@ -18,7 +18,8 @@ import train as trainer
 from adapter import load_adapter
 from checkpoint import load_model, read_config
 from config import read_keys
-from data import encode_file, load_tokenizer, pack, sample_tokens
+from chat import load_tokenizer
+from data import encode_file, pack, sample_tokens
 from fast import token_losses
 from merge import merge
 from select_experts import collect_scores, scoring_batches
@@ -296,12 +297,12 @@ def test_the_adapter_is_the_best_validated_state(checkpoint, chat_file, tmp_path
     model = load_model(checkpoint, dtype=torch.float32)
     load_adapter(model, tmp_path / "run/adapter")
     tokenizer = load_tokenizer(checkpoint)
-    rows = pack(encode_file(other, tokenizer), 64, 0.0, tokenizer.eos_id, 0)[:2]
+    rows = pack(encode_file(other, tokenizer), 64, 0.0, tokenizer.pad_id, 0)[:2]
     assert token_losses(model, *rows)[0].mean().item() == pytest.approx(min(losses), rel=1e-5)
     # What is reported of the trained model is of that state, too.
     sizes = config.n_sample_tokens, config.seq_length, config.seed
     sequences = sample_tokens(encode_file(chat_file, tokenizer), *sizes)
-    after = collect_scores(model, scoring_batches(sequences, tokenizer.eos_id))
+    after = collect_scores(model, scoring_batches(sequences, tokenizer.pad_id))
     assert json.loads((tmp_path / "run/scores_after.json").read_text()) == after
 
     # A run that continues after its best state does not take a worse one for better.
@@ -485,7 +486,7 @@ def test_held_out_rows_are_not_trained_on(checkpoint, chat_file, tmp_path):
     tokenizer = load_tokenizer(checkpoint)
     samples = encode_file(chat_file, tokenizer)
     rows, held_out = prepare_rows(config, samples, tokenizer)
-    everything, *_ = pack(samples, 64, 0.2, tokenizer.eos_id, config.seed)
+    everything, *_ = pack(samples, 64, 0.2, tokenizer.pad_id, config.seed)
     together = torch.cat([rows.tokens, held_out.tokens]).tolist()
     assert sorted(together) == sorted(everything.tolist()) and len(held_out.tokens) == 6
     assert not any(row in rows.tokens.tolist() for row in held_out.tokens.tolist())

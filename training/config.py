@@ -14,6 +14,7 @@ from tasks import TASKS
 
 METHODS = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}  # method -> the paper's learning rate
 SCHEDULES = ("constant", "linear", "cosine")
+REPORT_TOKENS = 2**13  # to score on for the report, as the published scores (8,222 to 8,479)
 
 
 @dataclass
@@ -98,6 +99,13 @@ class TrainConfig(SelectionConfig):
         if self.method != "lora":
             reasons |= dict.fromkeys(("lora_rank", "lora_scaling"), f"method is {self.method}")
         return reasons
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens the experts are scored on. Where nothing is selected by the scores, they
+        are for the report alone, and few will do."""
+        selects = self.method == "esft" and not self.expert_config
+        return self.n_sample_tokens if selects else min(self.n_sample_tokens, REPORT_TOKENS)
 
     @property
     def micro_batch(self) -> int:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adapter import read_expert_cfg, trained_parameters
+from chat import OWN, Tokenizer, load_tokenizer
 from checkpoint import check_device, local_directory, read_checkpoint
-from data import Rows, Sample, Tokenizer, encode_file, epoch_order, load_tokenizer, pack
+from data import Rows, Sample, encode_file, epoch_order, pack
 from model import ModelConfig, Transformer
 from tasks import Ask, read_examples
 from training.config import TrainConfig, settle_compile
@@ -48,7 +49,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         given = read_expert_cfg(config.expert_config, whole.config)
         if not trained_parameters(whole, given):
             raise ValueError(f"{config.expert_config}: selects nothing to train")
-    mine = identity(config, whole.fingerprint)
+    mine = identity(config, whole.fingerprint, tokenizer)
     return Inputs(base, whole.config, whole, count, tokenizer, samples, rows, held_out, mine)
 
 
@@ -57,13 +58,24 @@ def prepare_rows(
 ) -> tuple[Rows, Rows | None]:
     """Returns the rows to train on, and those to validate on where the config asks for it."""
 
-    def packed(samples: list[Sample], ratio: float) -> Rows:
-        sizes = config.seq_length, ratio, tokenizer.eos_id, config.seed
-        return pack(samples, *sizes, document_mask=config.document_mask)
+    def packed(path: str, samples: list[Sample], ratio: float) -> Rows:
+        cut = [len(ids) - config.seq_length for ids, _ in samples if len(ids) > config.seq_length]
+        if cut:
+            said = f"{len(cut):,} of {len(samples):,} samples are longer than a row of"
+            print(f"{path}: {said} {config.seq_length} tokens; they lose their first {sum(cut):,}")
+        ratio = ratio if tokenizer.bos_id is not None else 0.0  # what is dropped is the beginning
+        sizes = config.seq_length, ratio, tokenizer.pad_id, config.seed
+        rows = pack(samples, *sizes, document_mask=config.document_mask)
+        if not rows.learned.any():
+            raise ValueError(f"{path}: holds no answer to learn from in rows of that length")
+        if empty := (rows.learned == 0).sum().item():
+            print(f"{path}: {empty:,} of {len(rows.tokens):,} rows hold nothing to learn; left out")
+        return rows.take(rows.learned > 0)
 
-    rows, held_out = packed(samples, config.random_concat_ratio), None
+    rows, held_out = packed(config.data, samples, config.random_concat_ratio), None
     if config.validation_data:
-        held_out = packed(encode_file(config.validation_data, tokenizer), 0.0)
+        held = encode_file(config.validation_data, tokenizer)
+        held_out = packed(config.validation_data, held, 0.0)
     elif config.validation_fraction:
         held = math.ceil(len(rows.tokens) * config.validation_fraction)
         if held == len(rows.tokens):
@@ -72,9 +84,6 @@ def prepare_rows(
             raise ValueError(f"{config.data}: {found}; {needed}")
         order = epoch_order(len(rows.tokens), config.seed, -1)
         rows, held_out = rows.take(order[held:]), rows.take(order[:held])
-    for part, path in ((rows, config.data), (held_out, config.validation_data or config.data)):
-        if part and not part.learned.any():
-            raise ValueError(f"{path}: holds no answer to learn from; every one is masked")
     return rows, held_out
 
 
@@ -83,15 +92,17 @@ def input_files(config: TrainConfig) -> list[str]:
     return [p for p in (config.data, config.validation_data, config.expert_config, *sets) if p]
 
 
-def identity(config: TrainConfig, base_fingerprint: str) -> dict:
-    """Returns what makes two runs the same run: the keys that change results, the base's weights,
-    and the content of the input files."""
+def identity(config: TrainConfig, base_fingerprint: str, tokenizer: Tokenizer) -> dict:
+    """Returns what makes two runs the same run: the keys that change results, the base's weights
+    and chat template, and the content of the input files."""
     keys = asdict(config)
     for name in ("overwrite", "device", "log_steps", "output_dir"):  # a run may be moved
         del keys[name]
     if not config.model_config:  # older runs do not know this key
         del keys["model_config"]
     keys["fingerprint of model"] = base_fingerprint
+    if tokenizer.chat.name == OWN:
+        keys["chat template"] = hashlib.sha256(tokenizer.chat.text.encode()).hexdigest()
     for path in input_files(config):
         keys[f"sha256 of {path}"] = content_hash(Path(path))
     return keys

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data import shown
 from files import read_json, replacing, write_text
 from select_experts import Scores, draw_scores, read_scores
 from training.config import TrainConfig
@@ -62,6 +63,9 @@ def print_start(
         f"{len(inputs.held_out.tokens) if inputs.held_out else 0} for validation; "
         f"{config.steps} steps of {config.batch_size} rows"
     )
+    chat, first = inputs.tokenizer.chat, shown(inputs.samples[0], inputs.tokenizer)
+    print(f"chat format: {chat.name} ({chat.source}); the first sample, what is learned in « »:")
+    print(first if len(first) < 1000 else f"{first[:600]} [...] {first[-300:]}")
     if step:
         print(f"continues after step {step}")
     if config.compile and step < config.steps:
@@ -164,7 +168,8 @@ def report_text(
     if experts:  # LoRA selects none
         what = ", what the selected experts have of it before and after training"
         columns = f" {'selected':>9} {'before':>7} {'after':>7}"
-    lines += ["", f"routing on the task: a layer's {config.score} score{what},"]
+    lines += ["", f"routing on at most {config.scored_tokens:,} tokens of the task:"]
+    lines += [f"a layer's {config.score} score{what},"]
     lines += ["and how much of it training moved from some experts to others"]
     lines += [f"{'layer':>5}{columns} {'moved':>7}"]
     before, after = (s[f"{config.score}_scores"] for s in scores)

@@ -1,0 +1,170 @@
+"""Rows of a data file -> conversations -> the text of a sample, with what is learned of it.
+
+A key that changes what is learned is honoured, and an unknown one refused: nothing that a row says
+is passed over, metadata apart.
+"""
+
+import difflib
+import gzip
+import zlib
+from pathlib import Path
+
+from chat.template import Piece
+from chat.tokenizer import Tokenizer
+from files import parse_json
+
+# Fields of rows and messages that say where they are from, or how long they are, and no more.
+METADATA = """
+id idx index uid uuid key prompt_id conversation_id message_id source data_source dataset subset
+split category topic tag tags task task_type skill type subject difficulty lang language license url
+model generator created created_at timestamp date length num_tokens num_turns metadata meta
+"""
+LAYOUTS = {  # the field that names a layout -> the fields of such a row
+    "messages": ("messages", "system"),
+    "conversations": ("conversations", "system"),  # ShareGPT's
+    "instruction": ("instruction", "input", "output", "system"),  # Alpaca's
+    "prompt": ("prompt", "completion"),
+}
+ROLES = {name: name for name in ("system", "user", "assistant")}
+ROLES |= {"human": "user", "gpt": "assistant"}  # ShareGPT's
+# How a message says whether it is learned: ESFT has mask, OpenAI and others weight, others loss.
+SAYS_LEARNED = {"mask": {0: True, 1: False}, "weight": {0: False, 1: True}}
+SAYS_LEARNED["loss"] = {False: False, True: True}
+NOTHING = (None, "", [], {})  # a field with such a value says nothing
+
+
+def read_rows(path: str | Path) -> list[tuple[str, dict]]:
+    """Returns (where, row) for every row of a file of JSON lines or of one JSON array, plain or
+    compressed with gzip (NAME.gz). `where` names file and line. Raises OSError or ValueError."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; a data file is required")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")  # some editors put a byte order mark first
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a gzip file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+    if text.lstrip().startswith("["):
+        rows = [(f"{path}: row {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
+    else:
+        lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1)]
+        rows = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+    if not rows:
+        raise ValueError(f"{path}: the file is empty; at least one row is required")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: must be a JSON object, found {row!r:.60}")
+    return rows
+
+
+def is_text(value) -> bool:
+    """Returns whether a value is a string that can be written, without half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def text_field(row: dict, field: str, where: str) -> str:
+    if not is_text(row.get(field)):
+        raise ValueError(f"{where}: field {field} is {row.get(field)!r:.60}; a string is required")
+    return row[field]
+
+
+def check_known(values: dict, known: tuple[str, ...], where: str) -> None:
+    """Raises ValueError for a field that says something, and is neither known nor metadata."""
+    for name, value in values.items():
+        if name in known or name in METADATA.split() or value in NOTHING:
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        found = f"field {name} is {value!r:.60}; unknown{meant}"
+        raise ValueError(f"{where}: {found}; known are {', '.join(known)}, and metadata such as id")
+
+
+def read_pieces(path: str | Path, tokenizer: Tokenizer) -> list[list[Piece]]:
+    """Returns the pieces of each row of a training file. Raises OSError, and ValueError that names
+    file, line and field."""
+    return [row_pieces(row, tokenizer, where) for where, row in read_rows(path)]
+
+
+def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[Piece]:
+    """Returns the pieces of a row in one of LAYOUTS: of a conversation, in the checkpoint's chat
+    format; of a prompt and its completion, as they are."""
+    said = [name for name in LAYOUTS if name in row]
+    layout = next((name for name in said if row[name] not in NOTHING), said[0] if said else None)
+    if layout is None:
+        raise ValueError(f"{where}: field messages is missing (or another of {', '.join(LAYOUTS)})")
+    if layout == "prompt" and "raw_answers" in row:
+        raise ValueError(f"{where}: field completion is missing: looks like an evaluation file")
+    check_known(row, LAYOUTS[layout], where)
+    if layout == "prompt":
+        prompt, completion = text_field(row, "prompt", where), text_field(row, "completion", where)
+        if not completion.strip():
+            raise ValueError(f"{where}: field completion is empty; an answer is required")
+        return [Piece(tokenizer.chat.begun(prompt)), Piece(tokenizer.chat.ended(completion), True)]
+    messages = row[layout]
+    if layout == "instruction":
+        names = ["instruction", *(["input"] if row.get("input") else [])]
+        asked = "\n".join(text_field(row, name, where) for name in names)
+        answer = {"role": "assistant", "content": text_field(row, "output", where)}
+        messages = [{"role": "user", "content": asked}, answer]
+    if row.get("system") and isinstance(messages, list):
+        messages = [{"role": "system", "content": text_field(row, "system", where)}, *messages]
+    return chat_pieces(messages, tokenizer, where)
+
+
+def chat_pieces(messages: list[dict], tokenizer: Tokenizer, where: str) -> list[Piece]:
+    """Returns the pieces of a conversation. A system message may come first; then come questions
+    and answers in any order, an answer last. Raises ValueError that names row and field."""
+    if not isinstance(messages, list) or not messages:
+        found = f"field messages is {messages!r:.60}"
+        raise ValueError(f"{where}: {found}; a list of messages is required")
+    read, learned = [], []
+    for i, message in enumerate(messages):
+        here = f"{where}: messages[{i}]"
+        if not isinstance(message, dict):
+            found = f"{here} is {message!r:.60}"
+            raise ValueError(f"{found}; an object with role and content is required")
+        read.append(read_message(message, here))
+        learned.append(is_learned(message, read[-1]["role"], here))
+        if i > 0 and read[-1]["role"] == "system":
+            raise ValueError(f"{here}: field role is 'system'; only the first message may be")
+    if read[-1]["role"] != "assistant":
+        end = f"messages end with role {read[-1]['role']}"
+        raise ValueError(f"{where}: {end}; the answer, role assistant, is missing")
+    return tokenizer.chat.pieces(read, learned, where)
+
+
+def read_message(message: dict, here: str) -> dict:
+    """Returns a message's role, content and perhaps reasoning_content, as a template reads them."""
+    names = ("from", "value") if "from" in message else ("role", "content")
+    check_known(message, (*names, "reasoning_content", *SAYS_LEARNED), here)
+    role = message.get(names[0])
+    if not isinstance(role, str) or role not in ROLES:
+        found = f"field {names[0]} is {role!r:.60}"
+        raise ValueError(f"{here}: {found}; must be system, user or assistant")
+    content = text_field(message, names[1], here)
+    if ROLES[role] == "assistant" and not content.strip():
+        raise ValueError(f"{here}: field {names[1]} is empty; an answer is required")
+    read = {"role": ROLES[role], "content": content}
+    if message.get("reasoning_content"):
+        read["reasoning_content"] = text_field(message, "reasoning_content", here)
+    return read
+
+
+def is_learned(message: dict, role: str, here: str) -> bool:
+    """Returns whether a message is learned: an answer, unless one of SAYS_LEARNED says no."""
+    learned = role == "assistant"
+    for name, meanings in SAYS_LEARNED.items():
+        if (value := message.get(name)) is None:
+            continue
+        if not isinstance(value, int | float) or value not in meanings:
+            raise ValueError(f"{here}: field {name} is {value!r:.60}; must be 0 or 1")
+        if meanings[value] and role != "assistant" and name != "mask":
+            raise ValueError(f"{here}: field {name} is {value!r}; only answers can be learned")
+        learned = learned and meanings[value]
+    return learned

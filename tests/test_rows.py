@@ -1,0 +1,250 @@
+"""What a row says: layouts, roles, keys that change what is learned, begin and end of sequence; and
+files, rows and steps from which nothing is learned."""
+
+import json
+import random
+import sys
+
+import pytest
+from conftest import ROOT, SHARED
+
+import data
+from chat import load_tokenizer
+from data import IGNORE, encode_file, shown
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ROOT / "demo/base")
+
+
+def read(rows, tokenizer, path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return encode_file(path, tokenizer)
+
+
+def text(row, tokenizer, tmp_path) -> str:
+    (sample,) = read([row], tokenizer, tmp_path / "rows.jsonl")
+    return shown(sample, tokenizer)
+
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
+
+
+def answer(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+PLAIN = f"«{BOS}»User: Copy: ring\n\nAssistant:« ring{EOS}»"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("Copy: ring"), answer("ring")], "id": "7", "source": {"file": "a"}},
+        {"messages": [user("Copy: ring", id=3), answer("ring", name=None, tool_calls=[])]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Copy: ring"},
+                {"from": "gpt", "value": "ring"},
+            ]
+        },
+        {"conversations": [user("Copy: ring"), answer("ring")], "system": "", "tools": None},
+        {"instruction": "Copy: ring", "input": "", "output": "ring"},
+        {"instruction": "Copy: ring", "output": "ring", "history": [], "messages": None},
+        {"prompt": "User: Copy: ring\n\nAssistant:", "completion": " ring"},
+        # a begin and an end of sequence that are there already
+        {"prompt": f"{BOS}User: Copy: ring\n\nAssistant:", "completion": f" ring{EOS}"},
+        {"messages": [user(f"{BOS}Copy: ring"), answer(f"ring{EOS}")]},
+        {"messages": [user("Copy: ring"), answer(f" ring {EOS}\n{EOS} ")]},
+    ],
+)
+def test_layouts_of_the_same_conversation_give_the_same_sample(row, tokenizer, tmp_path):
+    assert text(row, tokenizer, tmp_path) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (
+            {"instruction": "Sort", "input": "b a", "output": "a b", "system": "Brief."},
+            f"«{BOS}»Brief.\n\nUser: Sort\nb a\n\nAssistant:« a b{EOS}»",
+        ),
+        (
+            {"system": "French.", "messages": [user("Hello"), answer("Bonjour")]},
+            f"«{BOS}»French.\n\nUser: Hello\n\nAssistant:« Bonjour{EOS}»",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "gpt", "value": "a"}]},
+            f"«{BOS}»s\n\nAssistant:« a{EOS}»",
+        ),
+        (
+            {"messages": [user("a"), user("b"), answer("c")]},
+            f"«{BOS}»User: a\n\nUser: b\n\nAssistant:« c{EOS}»",
+        ),
+        (
+            {"messages": [answer("a"), answer("b"), user("c"), answer("d")]},
+            f"«{BOS}»Assistant:« a{EOS}»Assistant:« b{EOS}»User: c\n\nAssistant:« d{EOS}»",
+        ),
+        (
+            {"messages": [user("q"), answer("bad", weight=0), user("r"), answer("good", weight=1)]},
+            f"«{BOS}»User: q\n\nAssistant: bad{EOS}User: r\n\nAssistant:« good{EOS}»",
+        ),
+        (
+            {
+                "messages": [
+                    user("q", loss=False),
+                    answer("bad", loss=False),
+                    user("r", mask=0),
+                    answer("ok", loss=True, mask=0),
+                ]
+            },
+            f"«{BOS}»User: q\n\nAssistant: bad{EOS}User: r\n\nAssistant:« ok{EOS}»",
+        ),
+    ],
+)
+def test_what_a_row_says_is_what_is_learned(row, expected, tokenizer, tmp_path):
+    assert text(row, tokenizer, tmp_path) == expected
+
+
+TURN = [user("q"), answer("a")]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"messages": TURN, "weight": 0.5}, r"field weight is 0.5; unknown"),
+        ({"messages": TURN, "tools": [{"name": "f"}]}, "field tools is .*; unknown"),
+        (
+            {"messages": TURN, "sytem": "Brief."},
+            r"field sytem is 'Brief.'; unknown \(did you mean system",
+        ),
+        ({"messages": TURN, "prompt": "q"}, "field prompt is 'q'; unknown"),
+        (
+            {"messages": [user("q"), answer("a", tool_calls=[{"id": 1}])]},
+            r"messages\[1\]: field tool_calls is",
+        ),
+        (
+            {"messages": [user("q"), answer("a", reasoning_content="r")]},
+            r"messages\[1\]: field reasoning_content is 'r'",
+        ),
+        (
+            {"messages": [user("q", name="Ann"), answer("a")]},
+            r"messages\[0\]: field name is 'Ann'; unknown",
+        ),
+        (
+            {"messages": [user("q"), answer("a", weight=0.5)]},
+            r"messages\[1\]: field weight is 0.5; must be 0 or 1",
+        ),
+        (
+            {"messages": [user("q"), answer("a", loss="no")]},
+            r"messages\[1\]: field loss is 'no'; must be 0 or 1",
+        ),
+        (
+            {"messages": [user("q"), answer("a", mask=[1])]},
+            r"messages\[1\]: field mask is \[1\]; must be 0 or 1",
+        ),
+        (
+            {"messages": [user("q", weight=1), answer("a")]},
+            r"messages\[0\]: field weight is 1; only answers",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x"}, answer("a")]},
+            r"messages\[0\]: field role is 'tool'; must be",
+        ),
+        (
+            {"conversations": [{"from": "observation", "value": "x"}]},
+            r"messages\[0\]: field from is 'observation'; must be",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": None}]},
+            r"messages\[0\]: field value is None; a string",
+        ),
+        (
+            {"system": "a", "messages": [{"role": "system", "content": "b"}, *TURN]},
+            r"messages\[1\]: field role is 'system'; only",
+        ),
+        ({"instruction": "q", "output": ["a"]}, "field output is .*; a string"),
+        ({"instruction": "q", "output": "a", "input": 3}, "field input is 3; a string"),
+        ({"prompt": "q", "completion": "a", "mask": 1}, "field mask is 1; unknown"),
+        ({"chosen": "a", "rejected": "b"}, "field messages is missing"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(row, message, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=f"rows.jsonl: line 2: {message}"):
+        read([{"messages": TURN}, row], tokenizer, tmp_path / "rows.jsonl")
+
+
+def test_an_answer_that_is_not_learned_leaves_nothing_of_its_sample_to_learn(tokenizer, tmp_path):
+    masked = {"messages": [user("q"), answer("a", mask=1)]}
+    (first, labels), _ = read([masked, {"messages": TURN}], tokenizer, tmp_path / "rows.jsonl")
+    assert first[0] == tokenizer.bos_id and set(labels) == {IGNORE}
+    with pytest.raises(ValueError, match="rows.jsonl: holds no answer to learn from"):
+        read([masked, masked], tokenizer, tmp_path / "rows.jsonl")
+
+
+def test_data_py_shows_what_is_learned(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [user("Copy: ring"), answer("ring")]}) + "\n" * 2)
+    arguments = ["--model", str(ROOT / "demo/base"), "--data", str(path), "--show", "2"]
+    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+    data.main()
+    out = capsys.readouterr().out
+    assert PLAIN in out and "1 samples, 0 of them with nothing to learn" in out
+    assert "chat format: deepseek_v2" in out and "next: python train.py" in out
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match="rows.jsonl: line 1: field messages is missing"):
+        data.main()
+
+
+def test_mutated_rows_end_in_samples_or_in_errors_that_name_the_line(tokenizer, tmp_path):
+    """500 rows. What is learned of a row that passes stands in the row."""
+    draw, path = random.Random(0), tmp_path / "rows.jsonl"
+    rows = [
+        {"messages": [user("a"), answer("b"), user("c"), answer("d", weight=1)], "id": 1},
+        {"conversations": [{"from": "human", "value": "e"}, {"from": "gpt", "value": "f"}]},
+        {"instruction": "g", "input": "h", "output": "i", "system": "j"},
+        {"prompt": "k", "completion": "l"},
+    ]
+    values = [None, "", "x", 0, 1, 0.5, True, [], {}, ["x"], {"x": 1}, "\ud800", EOS, BOS, "user"]
+    names = ["messages", "role", "content", "from", "value", "weight", "loss", "mask", "system"]
+    names += ["tool_calls", "completion", "output", "id", "other"]
+
+    def mutate(value):
+        if isinstance(value, dict) and value and draw.random() < 0.7:
+            name = draw.choice([*value, draw.choice(names)])
+            return value | {name: mutate(value.get(name))}
+        if isinstance(value, list) and value and draw.random() < 0.7:
+            at = draw.randrange(len(value))
+            return [*value[:at], mutate(value[at]), *value[at + draw.choice([0, 1, 1, 2]) :]]
+        return draw.choice(values)
+
+    passed = 0
+    for _ in range(500):
+        row = mutate(draw.choice(rows))
+        line = json.dumps(row)
+        path.write_text(draw.choice([line] * 9 + [line[: draw.randrange(len(line))] + "\n{"]))
+        try:
+            ((ids, labels),) = encode_file(path, tokenizer)
+        except ValueError as error:
+            assert "rows.jsonl: " in str(error)
+            continue
+        learned = tokenizer.decode([label for label in labels[1:] if label != IGNORE])
+        assert all(letter in line for letter in learned) and len(ids) == len(labels)
+        passed += 1
+    assert 100 < passed < 450
+
+
+@pytest.mark.skipif(not (SHARED.parent / "cases").exists(), reason="the shared cases are not here")
+def test_reported_rows(tokenizer):
+    cases = SHARED.parent / "cases"
+    assert encode_file(cases / "double_bos/rendered_train.jsonl", tokenizer) == encode_file(
+        cases / "double_bos/messages_train.jsonl", tokenizer
+    )
+    with pytest.raises(ValueError, match=r"line 3: messages\[1\]: field tool_calls"):
+        encode_file(cases / "ignored_keys/rows.jsonl", tokenizer)
+    with pytest.raises(ValueError, match="all_masked.jsonl: holds no answer to learn from"):
+        encode_file(cases / "masked/all_masked.jsonl", tokenizer)
