@@ -197,6 +197,14 @@ def shown(sample: Sample, tokenizer: Tokenizer) -> str:
     return "".join(parts)
 
 
+def first_sample(samples: list[Sample], tokenizer: Tokenizer) -> str:
+    """Returns what a run says of its data: the chat format, and the first sample, shortened."""
+    chat, text = tokenizer.chat, shown(samples[0], tokenizer)
+    source = f" ({chat.source})" if chat.name == OWN else ""
+    text = text if len(text) < 1000 else f"{text[:600]} [...] {text[-300:]}"
+    return f"chat format: {chat.name}{source}; the first sample, what is learned in « »:\n{text}"
+
+
 @dataclass
 class ShowConfig(Keys):
     model: str = key("", "checkpoint whose tokenizer and chat format count: directory or hub name")
@@ -230,10 +238,10 @@ def main() -> None:
     for i, sample in enumerate(samples[: config.show]):
         print(f"sample {i + 1}: {lengths[i]} tokens, {learned[i]} learned")
         print(f"{shown(sample, tokenizer)}\n")
-    print(f"chat format: {tokenizer.chat.name} ({tokenizer.chat.source})")
+    print(f"chat format: {tokenizer.chat.name}, from {tokenizer.chat.source}")
     print(
-        f"{len(samples):,} samples, {sum(n == 0 for n in learned)} of them with nothing to learn; "
-        f"{sum(lengths):,} tokens, {sum(learned):,} learned; the longest has {max(lengths):,}"
+        f"samples: {len(samples):,}, with nothing to learn: {sum(n == 0 for n in learned):,}; "
+        f"tokens: {sum(lengths):,}, learned: {sum(learned):,}, in the longest: {max(lengths):,}"
     )
     print(f"next: python train.py --model {config.model} --data {config.data} --output_dir DIR")
 

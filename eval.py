@@ -408,6 +408,7 @@ def evaluate(config: EvalConfig, ranks: SingleProcess) -> None:
     check_device(device)
     base = local_directory(config.model)
     ask, evaluations = plan_evaluations(config, base, device)
+    print(f"chat format: {ask.tokenizer.chat.name}, from {ask.tokenizer.chat.source}")
     with ExitStack() as stack:
         ranks.on_first(stack.enter_context, locked(results_file.parent))
         ranks.on_first(begin, results_file, evaluations, config)

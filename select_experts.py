@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoint import choose_dtype, load_model, local_directory, read_config
 from config import Keys, add_keys, key, read_keys
-from data import by_length, encode_file, pad, sample_tokens
+from data import by_length, encode_file, first_sample, pad, sample_tokens
 from chat import CHAT_FORMATS, OWN, load_tokenizer
 from files import check_output_file, read_json, write_json
 from model import Routing, Transformer
@@ -289,6 +289,7 @@ def scores_of_data(config: SelectionConfig, ranks: SingleProcess) -> Scores:
     read_config(base, config.model_config)  # refuses what is not supported before data is read
     tokenizer = load_tokenizer(base, config.chat_format)
     samples = encode_file(config.data, tokenizer)
+    print(first_sample(samples, tokenizer), flush=True)
     dtype = choose_dtype(config.dtype, config.device)
     model = load_model(base, config.device, dtype, changes=config.model_config)
     sequences = sample_tokens(samples, config.n_sample_tokens, config.seq_length, config.seed)

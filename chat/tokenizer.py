@@ -151,7 +151,8 @@ def read_chat(
     name = OWN
     if template is None:
         family = str(model.get("model_type", "deepseek"))
-        name = source = chat_format or FORMAT_OF_FAMILY.get(family, family)
+        name = chat_format or FORMAT_OF_FAMILY.get(family, family)
+        source = "chat_format" if chat_format else "the model's family"
         if name not in CHAT_FORMATS:
             raise ValueError(f"chat_format is {name!r}; must be {', '.join(CHAT_FORMATS)}")
         template = CHAT_FORMATS[name]

@@ -5,12 +5,16 @@ import json
 import random
 import sys
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import ROOT, SHARED
 
 import data
 from chat import load_tokenizer
 from data import IGNORE, encode_file, shown
+from training.config import TrainConfig
+from training.inputs import prepare_rows
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -193,7 +197,7 @@ def test_data_py_shows_what_is_learned(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
     data.main()
     out = capsys.readouterr().out
-    assert PLAIN in out and "1 samples, 0 of them with nothing to learn" in out
+    assert PLAIN in out and "samples: 1, with nothing to learn: 0; tokens: " in out
     assert "chat format: deepseek_v2" in out and "next: python train.py" in out
     path.write_text("{}")
     with pytest.raises(SystemExit, match="rows.jsonl: line 1: field messages is missing"):
@@ -248,3 +252,43 @@ def test_reported_rows(tokenizer):
         encode_file(cases / "ignored_keys/rows.jsonl", tokenizer)
     with pytest.raises(ValueError, match="all_masked.jsonl: holds no answer to learn from"):
         encode_file(cases / "masked/all_masked.jsonl", tokenizer)
+
+
+def test_rows_with_nothing_to_learn_are_left_out_and_long_samples_are_said(
+    tokenizer, tmp_path, capsys
+):
+    """Each sample fills a row of its own; the masked ones would be steps that learn nothing."""
+    path, long = tmp_path / "rows.jsonl", "ring knife " * 40
+    rows = [{"messages": [user(long), answer("ring", mask=n % 2)]} for n in range(8)]
+    samples = read(rows, tokenizer, path)
+    config = SimpleNamespace(data=str(path), seq_length=32, seed=0, random_concat_ratio=0.2)
+    config.validation_data, config.validation_fraction = "", 0.0
+    for config.document_mask in (False, True):
+        kept, _ = prepare_rows(config, samples, tokenizer)
+        assert len(kept.tokens) == 4 and (kept.learned == 3).all()
+        out = capsys.readouterr().out
+        cut = sum(len(ids) - 32 for ids, _ in samples)
+        assert f"8 of 8 samples are longer than a row of 32 tokens; they lose {cut} of" in out
+        assert f"{path}: 4 of 8 rows hold nothing to learn; left out" in out
+    config.validation_data = str(tmp_path / "held.jsonl")
+    (tmp_path / "held.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(ValueError, match="held.jsonl: holds no answer to learn from"):
+        prepare_rows(config, samples, tokenizer)
+    longer = {"messages": [user("q"), answer("a"), user(long), answer("b", mask=1)]}
+    samples = read([longer], tokenizer, path)  # what is learned does not fit into a row
+    with pytest.raises(ValueError, match="rows.jsonl: holds no answer to learn from in rows"):
+        prepare_rows(config, samples, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, 100_000),
+        ({"n_sample_tokens": 10}, 10),
+        ({"expert_config": "cfg.json"}, 2**13),
+        ({"method": "lora"}, 2**13),
+        ({"method": "full", "n_sample_tokens": 10}, 10),
+    ],
+)
+def test_scores_that_select_nothing_take_few_tokens(changes, expected):
+    assert TrainConfig(**{"n_sample_tokens": 100_000} | changes).scored_tokens == expected

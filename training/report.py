@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import shown
+from data import first_sample
 from files import read_json, replacing, write_text
 from select_experts import Scores, draw_scores, read_scores
 from training.config import TrainConfig
@@ -63,9 +63,7 @@ def print_start(
         f"{len(inputs.held_out.tokens) if inputs.held_out else 0} for validation; "
         f"{config.steps} steps of {config.batch_size} rows"
     )
-    chat, first = inputs.tokenizer.chat, shown(inputs.samples[0], inputs.tokenizer)
-    print(f"chat format: {chat.name} ({chat.source}); the first sample, what is learned in « »:")
-    print(first if len(first) < 1000 else f"{first[:600]} [...] {first[-300:]}")
+    print(first_sample(inputs.samples, inputs.tokenizer))
     if step:
         print(f"continues after step {step}")
     if config.compile and step < config.steps:
