@@ -120,10 +120,11 @@ def save_adapter(
 def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor] | StoredLora:
     """Returns where an adapter's tensors are, under the model's names, compared with its
     expert_cfg.json and with the model: exactly what is selected, in its shapes, trained on this
-    base (which released adapters do not name). For PEFT's format see `read_lora`. Reads headers
-    only.
+    base (which released adapters do not name). For PEFT's format see `read_lora`. Reads headers,
+    and tensors that several files hold.
 
-    It takes every *.safetensors file of the directory, as the original code does. Adapters of
+    It takes every *.safetensors file of the directory, as the original code does. Its
+    expert-parallel parts, put into one directory, hold copies of shared experts. Adapters of
     version 1 lack the prefix "model.". Raises FileNotFoundError, or ValueError that names file and
     tensor or field."""
     if (directory / "adapter_config.json").exists():

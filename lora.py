@@ -239,8 +239,10 @@ def selected_tensors(
     model: Transformer, files: list[Path], expected: dict[str, tuple[int, ...]], prefix: str = ""
 ) -> dict[str, StoredTensor]:
     """Returns the tensors in an adapter's files under the model's names: those of `expected`, in
-    these shapes, and no other. `prefix` stands before each name. Experts that another process holds
-    (train_ep.py) are checked and read there. Raises ValueError that names file and tensor."""
+    these shapes, and no other. `prefix` stands before each name. Several files may hold copies of a
+    tensor, but only equal ones: the original code's expert-parallel parts have what all ranks train
+    in each. Experts that another process holds (train_ep.py) are checked and read there. Raises
+    ValueError that names file and tensor."""
     elsewhere = tuple(
         f"{name}.experts.{e}."
         for name, moe in model.named_modules()
@@ -261,15 +263,22 @@ def selected_tensors(
                 raise ValueError(
                     f"{path}: tensor {stored.name} is not selected by {path.parent}/{selecting}"
                 )
-            if name in found:
-                raise ValueError(f"{path}: tensor {stored.name} is in another file, too")
             stored.check(expected[name])
-            found[name] = stored
+            first = found.setdefault(name, stored)
+            if first is not stored and not same_bytes(first, stored):
+                raise ValueError(f"{path}: tensor {stored.name} differs from that in {first.path}")
     if missing := [prefix + name for name in expected if name not in found]:
         raise ValueError(
             f"{files[0]}: {len(missing)} selected tensors are missing: {', '.join(missing[:5])}"
         )
     return found
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Returns whether two tensors of the same shape hold the same, NaN included."""
+    return one.dtype == other.dtype and torch.equal(
+        one.read().view(torch.uint8), other.read().view(torch.uint8)
+    )
 
 
 def check_base(named: str | None, path: Path, model: Transformer) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import load_with_adapter
 from safetensors.torch import load_file, save_file
 from test_model import small_moe
 
@@ -130,15 +131,62 @@ def test_bad_adapters_change_nothing(checkpoint, tmp_path):
         ({n: t for n, t in good.items() if n != name}, "1 selected tensors are missing"),
         ({**good, name: torch.zeros(3, 3)}, r"has shape \[3, 3\]"),
         ({**good, "model.norm.weight": torch.zeros(32)}, "model.norm.weight is not selected"),
-        (good, f"b.safetensors: tensor {name} is in another file"),
     ):
         save_file(tensors, tmp_path / "adapter.safetensors")
-        if tensors is good:
-            save_file({name: good[name]}, tmp_path / "b.safetensors")
         (tmp_path / "expert_cfg.json").write_text(json.dumps(cfg))
         with pytest.raises(ValueError, match=message):
             load_adapter(model, tmp_path)
         assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())
+
+
+def expert_parallel_parts(directory, cfg: dict, tensors: dict, ranks: int) -> None:
+    """The files that the original code's ranks write, in one directory: each has its own experts,
+    and all that is no routed expert."""
+    directory.mkdir()
+    (directory / "expert_cfg.json").write_text(json.dumps(cfg))
+    for rank in range(ranks):
+        held = {f".experts.{e}." for e in range(8) if e * ranks // 8 == rank}
+        part = {
+            name: tensor.clone()
+            for name, tensor in tensors.items()
+            if ".mlp.experts." not in name or any(e in name for e in held)
+        }
+        save_file(part, directory / f"ep{rank}.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("others", [{"shared_experts": True}, {"non_expert_modules": True}])
+def test_copies_in_expert_parallel_parts_must_agree(others, ranks, checkpoint, tmp_path):
+    model = load_model(checkpoint, dtype=torch.float32)
+    cfg = {"experts": {"1": [0, 3, 7], "2": [5]}, **others}
+    trained = trained_parameters(model, cfg)
+    put_tensors(model, {name: p * 1.3 for name, p in trained.items()})
+    save_adapter(model, cfg, tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole" / "adapter.safetensors")
+    expert_parallel_parts(tmp_path / "parts", cfg, tensors, ranks)
+    files = [load_file(path) for path in sorted((tmp_path / "parts").glob("*.safetensors"))]
+    assert len(files) == ranks and sum(map(len, files)) > len(tensors)
+    one, other = (load_with_adapter(checkpoint, tmp_path / d) for d in ("whole", "parts"))
+    assert torch.equal(one(TOKENS), other(TOKENS))
+    assert not torch.equal(one(TOKENS), load_model(checkpoint)(TOKENS))
+
+    name = next(name for name in tensors if ".mlp.experts." not in name)
+    last = tmp_path / "parts" / f"ep{ranks - 1}.safetensors"
+    wrong = files[-1][name].clone()
+    wrong.view(-1)[-1] += 1e-3
+    for copy in (wrong, files[-1][name].bfloat16()):
+        save_file({**files[-1], name: copy}, last)
+        message = f"{last}: tensor {name} differs from that in {tmp_path}/parts/ep0.safetensors"
+        for act in (
+            lambda: load_adapter(one, tmp_path / "parts"),
+            lambda: merge(checkpoint, tmp_path / "parts", tmp_path / "merged"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                act()
+    save_file({**files[-1], name: files[-1][name][:1].clone()}, last)
+    with pytest.raises(ValueError, match=f"{last}: tensor {name} has shape"):
+        load_adapter(one, tmp_path / "parts")
+    assert torch.equal(one(TOKENS), other(TOKENS))
 
 
 def test_a_merged_checkpoint_has_the_fields_that_were_changed(checkpoint, tmp_path, monkeypatch):
