@@ -152,8 +152,7 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
     remove_adapter(model)
     try:
         if isinstance(stored, StoredLora):
-            names = {name.rpartition(".lora_")[0] for name in stored.tensors}
-            attach_lora(model, names, stored.rank, stored.scaling)
+            attach_lora(model, stored.updates)
             stored, kept = stored.tensors, []
         else:
             kept = list(stored)

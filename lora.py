@@ -3,9 +3,10 @@ linear layers of a model, and files as PEFT writes and reads them."""
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
-from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -15,15 +16,26 @@ from torch import Tensor, nn
 from fast.experts import experts_grouped
 from fast.lora import experts_with_lora
 from files import read_json, replacing, write_json
-from model import LatentAttention, MoE, Transformer
+from model import Gate, LatentAttention, MoE, Transformer
 from stored_tensors import StoredTensor, open_tensors, read_header
 
 
-def linears(model: Transformer) -> dict[str, nn.Linear]:
-    """Returns name -> Linear of all that LoRA may adapt: attention, dense layers, shared and routed
-    experts, but neither the head nor the router."""
+class Update(NamedTuple):
+    rank: int  # r in A (r, in) and B (out, r)
+    scaling: float
+
+
+def adaptable(model: Transformer) -> dict[str, nn.Module]:
+    """Returns name -> module of all that can carry LoRA: `linears`, and routers, which PEFT's
+    "all-linear" adapts, too."""
     modules = model.model.named_modules(prefix="model")
-    return {n: m for n, m in modules if isinstance(m, nn.Linear) and ".lora_" not in n}
+    return {n: m for n, m in modules if isinstance(m, nn.Linear | Gate) and ".lora_" not in n}
+
+
+def linears(model: Transformer) -> dict[str, nn.Linear]:
+    """Returns name -> Linear of all that `add_lora` adapts: attention, dense layers, shared and
+    routed experts, but neither the head nor the router."""
+    return {name: m for name, m in adaptable(model).items() if isinstance(m, nn.Linear)}
 
 
 def add_lora_product(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -31,31 +43,39 @@ def add_lora_product(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -
     return output + linear.lora_scaling * linear.lora_B(linear.lora_A(*inputs))
 
 
-def up_projection_with_lora(attention: LatentAttention) -> Tensor:
-    """W + scaling * B A, in place of `LatentAttention.up_projection`: the attention uses the weight
-    without calling the Linear, so the hook does not run."""
-    linear = attention.kv_b_proj
-    A, B = linear.lora_A.weight, linear.lora_B.weight
-    return torch.addmm(linear.weight, B, A, alpha=linear.lora_scaling)
+def weight_with_lora(module: nn.Module) -> Tensor:
+    """Returns W + scaling * B A, where a weight is used without calling a Linear, so that the hook
+    does not run: in a router, and in place of `LatentAttention.up_projection`."""
+    A, B = module.lora_A.weight, module.lora_B.weight
+    return torch.addmm(module.weight, B, A, alpha=module.lora_scaling)
 
 
-def attach_lora(model: Transformer, names: set[str], rank: int, scaling: float) -> None:
-    """Gives the Linears of these names an uninitialised, frozen A (rank, in) and B (out, rank)."""
-    for name, linear in linears(model).items():
-        if name not in names:
+def router_logits_with_lora(gate: Gate, router_logits: Callable, x: Tensor, weight: Tensor):
+    """In place of `Gate.router_logits`, which is passed on."""
+    return router_logits(x, weight_with_lora(gate))
+
+
+def attach_lora(model: Transformer, updates: dict[str, Update]) -> None:
+    """Gives the Linears and routers of these names an uninitialised, frozen A and B."""
+    for name, module in adaptable(model).items():
+        if name not in updates:
             continue
-        sizes = (("lora_A", linear.in_features, rank), ("lora_B", rank, linear.out_features))
+        rank, module.lora_scaling = updates[name]
+        out_features, in_features = module.weight.shape
+        sizes = (("lora_A", in_features, rank), ("lora_B", rank, out_features))
         for half, width, height in sizes:
             # On the meta device: its own start would draw from torch's global generator.
             product = nn.Linear(width, height, bias=False, device="meta")
-            values = linear.weight.new_empty(height, width)
+            values = module.weight.new_empty(height, width)
             product.weight = nn.Parameter(values, requires_grad=False)
-            linear.add_module(half, product)
-        linear.lora_scaling = scaling
-        linear.lora_hook = linear.register_forward_hook(add_lora_product)
+            module.add_module(half, product)
+        if isinstance(module, Gate):
+            module.router_logits = partial(router_logits_with_lora, module, module.router_logits)
+        else:
+            module.lora_hook = module.register_forward_hook(add_lora_product)
     for module in model.modules():
         if isinstance(module, LatentAttention) and hasattr(module.kv_b_proj, "lora_A"):
-            module.up_projection = MethodType(up_projection_with_lora, module)
+            module.up_projection = partial(weight_with_lora, module.kv_b_proj)
         elif isinstance(module, MoE) and module.run_experts is experts_grouped:
             if any(hasattr(m, "lora_A") for m in module.experts.modules()):
                 module.run_experts = experts_with_lora
@@ -75,7 +95,7 @@ def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> No
     if lora_parameters(model):
         raise ValueError("the model carries LoRA already; remove_lora takes it off")
     model.requires_grad_(False)
-    attach_lora(model, set(linears(model)), rank, scaling)
+    attach_lora(model, dict.fromkeys(linears(model), Update(rank, scaling)))
     for name, parameter in lora_parameters(model).items():
         parameter.requires_grad_(True)
         if parameter.is_meta:
@@ -96,10 +116,15 @@ def remove_lora(model: Transformer) -> None:
             module.run_experts = experts_grouped
         elif isinstance(module, LatentAttention):
             vars(module).pop("up_projection", None)
-    for linear in linears(model).values():
-        if hasattr(linear, "lora_A"):
-            linear.lora_hook.remove()
-            del linear.lora_A, linear.lora_B, linear.lora_scaling, linear.lora_hook
+    for module in adaptable(model).values():
+        if not hasattr(module, "lora_A"):
+            continue
+        if isinstance(module, Gate):
+            module.router_logits = module.router_logits.args[1]
+        else:
+            module.lora_hook.remove()
+            del module.lora_hook
+        del module.lora_A, module.lora_B, module.lora_scaling
 
 
 def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:
@@ -118,20 +143,28 @@ def save_lora(
     `trained` is all A and B, where the model here does not hold them all.
 
     The metadata of the tensors name the base's fingerprint: PEFT warns of keys of
-    adapter_config.json that it does not know. Raises ValueError for a model without LoRA."""
-    carriers = {name: m for name, m in linears(model).items() if hasattr(m, "lora_A")}
+    adapter_config.json that it does not know. Raises ValueError for a model without LoRA, or with
+    several ranks or scalings, as PEFT's files may have."""
+    carriers = {name: m for name, m in adaptable(model).items() if hasattr(m, "lora_A")}
     if not carriers:
         raise ValueError("the model carries no LoRA; there is nothing to save")
+    updates = {Update(m.lora_A.out_features, m.lora_scaling) for m in carriers.values()}
+    if len(updates) > 1:
+        raise ValueError(
+            "the model's LoRA has several ranks or scalings; only one of each is saved"
+        )
     trained = lora_parameters(model) if trained is None else trained
     tensors = {PEFT_PREFIX + name: p.detach().cpu().clone() for name, p in trained.items()}
     # One key alone: safetensors writes several in random order.
     metadata = {"base_fingerprint": model.fingerprint} if model.fingerprint else {"format": "pt"}
     with replacing(Path(directory) / "adapter_model.safetensors") as part:
         save_file(tensors, part, metadata=metadata)
-    linear = next(iter(carriers.values()))
-    rank, alpha = linear.lora_A.out_features, linear.lora_scaling * linear.lora_A.out_features
+    rank, scaling = updates.pop()
+    alpha = scaling * rank
     targets = sorted({name.rpartition(".")[2] for name in carriers})
-    if targeted(linears(model), targets) != set(carriers):  # the last part of a name says too much
+    if targeted(adaptable(model), targets) != set(
+        carriers
+    ):  # the last part of a name says too much
         targets = sorted(carriers)
     config = {
         "peft_type": "LORA",
@@ -148,7 +181,8 @@ def save_lora(
 
 
 def targeted(names: Iterable[str], targets: list[str]) -> set[str]:
-    """Returns the names that PEFT's target_modules select: whole, or by their last parts."""
+    """Returns the names that PEFT's target_modules or target_parameters select: whole, or by their
+    last parts."""
     wanted, parts = set(targets), {name: name.split(".") for name in names}
     return {n for n, p in parts.items() if any(".".join(p[i:]) in wanted for i in range(len(p)))}
 
@@ -158,6 +192,7 @@ def targeted(names: Iterable[str], targets: list[str]) -> set[str]:
 LORA_FIELDS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping"}
 LORA_FIELDS |= {"peft_version", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias"}
 LORA_FIELDS |= {"target_modules", "use_rslora", "init_lora_weights", "layers_to_transform"}
+LORA_FIELDS |= {"target_parameters", "rank_pattern", "alpha_pattern"}
 LORA_FIELDS |= {"megatron_core", "qalora_group_size"}  # read only where others switch them on
 LORA_VALUES = {  # the first is the default
     "bias": ["none"],
@@ -173,14 +208,34 @@ def lora_problems(config: dict) -> Iterator[str]:
     def is_list_of(kind: type, value) -> bool:
         return isinstance(value, list) and all(type(item) is kind for item in value)
 
+    def is_rank(value) -> bool:
+        return type(value) is int and 1 <= value < 2**19
+
+    def is_alpha(value) -> bool:
+        return type(value) in (int, float) and abs(value) < 1e30
+
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}; supported: 'LORA'"
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank < 2**19:
-        yield f"r is {rank!r}; must be an integer from 1 to 2^19 - 1"
-    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
-        yield f"lora_alpha is {alpha!r}; must be a finite number"
+    for field, pattern, is_right, kind in (
+        ("r", "rank_pattern", is_rank, "an integer from 1 to 2^19 - 1"),
+        ("lora_alpha", "alpha_pattern", is_alpha, "a finite number"),
+    ):
+        if not is_right(config.get(field)):
+            yield f"{field} is {config.get(field)!r}; must be {kind}"
+        patterns = config.get(pattern) or {}
+        if not isinstance(patterns, dict) or not all(map(is_right, patterns.values())):
+            yield f"{pattern} is {patterns!r}; must give each name {kind}"
+        for name in patterns:
+            try:
+                ends_with(name, "")
+            except re.error as error:
+                yield f"{pattern} has {name!r}; must be a regular expression: {error}"
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    parameters = config.get("target_parameters") or []
+    if not is_list_of(str, parameters):
+        yield f"target_parameters is {parameters!r}; must be a list of parameter names"
+    if targets is None and parameters:
+        targets = []
     if targets != "all-linear" and not is_list_of(str, targets):
         yield f"target_modules is {targets!r}; must be a list of module names or 'all-linear'"
     if layers is not None and type(layers) is not int and not is_list_of(int, layers):
@@ -193,15 +248,97 @@ def lora_problems(config: dict) -> Iterator[str]:
             yield f"{name} is {value!r}; not supported"
 
 
+def ends_with(pattern: str, name: str) -> bool:
+    """Returns whether a regular expression of PEFT's patterns matches a name, or its last parts."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def update_of(config: dict, name: str) -> Update:
+    """Returns the rank and scaling that PEFT gives to the module or parameter of that name: those
+    of the first pattern that matches."""
+
+    def value(field: str, default):
+        patterns = (config.get(field) or {}).items()
+        return next((v for pattern, v in patterns if ends_with(pattern, name)), default)
+
+    rank, alpha = value("rank_pattern", config["r"]), value("alpha_pattern", config["lora_alpha"])
+    return Update(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def selected_weights(config: dict, model: Transformer) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns what a PEFT config selects: the name before .lora_A and .lora_B in the file -> the
+    name that patterns match, of a module or a parameter, and the shape of its weight.
+
+    In transformers 5 the routed experts of a layer are two parameters and no Linears, so only
+    target_parameters select them: gate_up_proj (E, 2I, D) and down_proj (E, D, I). Their matrices
+    are named mlp.experts.lora_A and .lora_B. If both are selected these are the down_proj's, and
+    mlp.experts.base_layer.lora_A and .lora_B are the gate_up_proj's."""
+    targets, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
+    layers, modules = config.get("layers_to_transform"), adaptable(model)
+    if parameters:
+        modules = {name: m for name, m in modules.items() if ".mlp.experts." not in name}
+    chosen = set(linears(model)) if targets == "all-linear" else targeted(modules, targets)
+    if layers is not None:  # says nothing of parameters
+        layers = [layers] if type(layers) is int else layers
+        chosen = {name for name in chosen if int(name.split(".")[2]) in layers}
+    chosen |= targeted((f"{name}.weight" for name in modules), parameters)
+    selected = {}
+    for name, module in modules.items():
+        for peft_name in {name, f"{name}.weight"} & chosen:
+            selected[name] = peft_name, tuple(module.weight.shape)
+    c = model.config
+    E, I, D = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
+    for layer in c.moe_layers:
+        experts = f"model.layers.{layer}.mlp.experts"
+        shapes = {f"{experts}.gate_up_proj": (E, 2 * I, D), f"{experts}.down_proj": (E, D, I)}
+        fused = [item for item in shapes.items() if targeted(item[:1], parameters)]
+        selected |= zip((f"{experts}.base_layer", experts)[-len(fused) :], fused)
+    return selected
+
+
+class ExpertB(NamedTuple):
+    """The B (out, r) of one expert's Linear, within that of all experts; see `split_fused`."""
+
+    read_fused: Callable[[], Tensor]
+    rows: slice
+    columns: slice
+
+    def read(self) -> Tensor:
+        return self.read_fused()[self.rows, self.columns]
+
+    def copy_to(self, target: Tensor) -> None:
+        target.copy_(self.read())
+
+
+def split_fused(
+    parameter: str, E: int, A: StoredTensor, B: StoredTensor, read_B: Callable[[], Tensor]
+) -> Iterator[tuple[str, StoredTensor, ExpertB]]:
+    """Yields name, A (r, in) and B (out, r) of each Linear in a gate_up_proj or down_proj of E
+    experts, from the two matrices that PEFT has for it.
+
+    The fused A (E * r, in) holds r rows of expert 0, then r of expert 1, ... The fused B
+    (out, r * E) holds the first column of each expert, then the second of each, ... Of a
+    gate_up_proj's rows of B, the first half is the gate's, the second the up's; A is the same for
+    both. (Older versions of PEFT exchanged in and out; such shapes are refused.)"""
+    experts, _, kind = parameter.rpartition(".")
+    halves = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    rank, width, height = A.shape[0] // E, A.shape[1], B.shape[0] // len(halves)
+    for e in range(E):
+        A_e = A.part(e * rank * width, (rank, width))
+        for i, half in enumerate(halves):
+            rows = slice(i * height, (i + 1) * height)
+            yield f"{experts}.{e}.{half}", A_e, ExpertB(read_B, rows, slice(e, None, E))
+
+
 class StoredLora(NamedTuple):
-    tensors: dict[str, StoredTensor]  # A and B, under the model's names
-    rank: int
-    scaling: float
+    tensors: dict[str, StoredTensor | ExpertB]  # A and B, under the model's names
+    updates: dict[str, Update]  # of each module
 
 
 def read_lora(directory: Path, model: Transformer) -> StoredLora:
-    """Returns the LoRA in a directory that PEFT or `save_lora` wrote: A and B of every Linear that
-    target_modules selects, and of no other, trained on this base. Reads headers only.
+    """Returns the LoRA in a directory that PEFT or `save_lora` wrote: A and B of all that
+    target_modules and target_parameters select, and of nothing else, trained on this base. Reads
+    headers only.
 
     Raises FileNotFoundError, or ValueError that names file and tensor or field."""
     path = directory / "adapter_config.json"
@@ -210,19 +347,18 @@ def read_lora(directory: Path, model: Transformer) -> StoredLora:
         raise ValueError(f"{path}: must hold a JSON object, found {type(config).__name__}")
     for problem in lora_problems(config):
         raise ValueError(f"{path}: {problem}")
-    modules, rank = linears(model), config["r"]
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    selected = set(modules) if targets == "all-linear" else targeted(modules, targets)
-    if layers is not None:
-        layers = [layers] if type(layers) is int else layers
-        selected = {name for name in selected if int(name.split(".")[2]) in layers}
+    selected = selected_weights(config, model)
     if not selected:
-        raise ValueError(f"{path}: target_modules is {targets!r}; selects nothing of this model")
+        raise ValueError(
+            f"{path}: target_modules is {config.get('target_modules')!r}, target_parameters is "
+            f"{config.get('target_parameters')!r}; selects nothing of this model"
+        )
+    updates = {name: update_of(config, peft_name) for name, (peft_name, _) in selected.items()}
     expected = {}
-    for name, linear in modules.items():
-        if name in selected:
-            expected[f"{name}.lora_A.weight"] = (rank, linear.in_features)
-            expected[f"{name}.lora_B.weight"] = (linear.out_features, rank)
+    for name, (_, (*experts, height, width)) in selected.items():
+        ranks = math.prod(experts) * updates[name].rank
+        expected[f"{name}.lora_A.weight"] = (ranks, width)
+        expected[f"{name}.lora_B.weight"] = (height, ranks)
 
     path = directory / "adapter_model.safetensors"
     if not path.exists():
@@ -231,8 +367,21 @@ def read_lora(directory: Path, model: Transformer) -> StoredLora:
         metadata = file.metadata() or {}
     check_base(metadata.get("base_fingerprint"), path, model)
     found = selected_tensors(model, [path], expected, prefix=PEFT_PREFIX)
-    scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return StoredLora(found, rank, scaling)
+
+    lora, here = StoredLora({}, {}), adaptable(model)
+    # A fused B is read once for all experts: of a layer's two, both are kept.
+    read_B = lru_cache(maxsize=2)(lambda name: found[f"{name}.lora_B.weight"].read())
+    for name, (peft_name, (*experts, _, _)) in selected.items():
+        A, B = (found[f"{name}.{half}.weight"] for half in ("lora_A", "lora_B"))
+        pieces = [(name, A, B)]
+        if experts:
+            pieces = split_fused(peft_name, *experts, A, B, partial(read_B, name))
+        for module, A, B in pieces:
+            if module in here:  # and not an expert that another process holds
+                lora.updates[module] = updates[name]
+                lora.tensors[f"{module}.lora_A.weight"] = A
+                lora.tensors[f"{module}.lora_B.weight"] = B
+    return lora
 
 
 def selected_tensors(

@@ -123,13 +123,13 @@ def copy_merged(name: str, stored: StoredTensor, trained: Adapter, target: Tenso
         trained.get(name, stored).copy_to(target)
         return
     module = name.removesuffix(".weight")
-    if f"{module}.lora_A.weight" not in trained.tensors:
+    if module not in trained.updates:
         stored.copy_to(target)
         return
     A, B = (trained.tensors[f"{module}.{half}.weight"].read() for half in ("lora_A", "lora_B"))
     weight = torch.empty(target.shape)
     stored.copy_to(weight)
-    target.copy_(weight.addmm_(B.float(), A.float(), alpha=trained.scaling))
+    target.copy_(weight.addmm_(B.float(), A.float(), alpha=trained.updates[module].scaling))
 
 
 @dataclass

@@ -33,14 +33,25 @@ def grouped_lora(x: Tensor, stack: Tensor, linears: list[nn.Linear], ends: Tenso
     carriers = [linear for linear in linears if hasattr(linear, "lora_A")]
     if not carriers:
         return y
-    rank, scaling = carriers[0].lora_A.out_features, carriers[0].lora_scaling
-    zero_A, zero_B = x.new_zeros(rank, x.shape[1]), x.new_zeros(y.shape[1], rank)
-    A = torch.stack([m.lora_A.weight if hasattr(m, "lora_A") else zero_A for m in linears])
-    B = torch.stack([m.lora_B.weight if hasattr(m, "lora_B") else zero_B for m in linears])
+    rank = max(linear.lora_A.out_features for linear in carriers)
+    scaling = max((linear.lora_scaling for linear in carriers), key=abs)
+    zeros = x.new_zeros(rank, x.shape[1]), x.new_zeros(y.shape[1], rank)
+    pairs = [matrices(m, rank, scaling) if hasattr(m, "lora_A") else zeros for m in linears]
+    A, B = (torch.stack(each) for each in zip(*pairs))
     padding = -rank % 8  # grouped products on a GPU need strides of 16 bytes
     A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding))
     low = GroupedProduct.apply(x, A.mT, ends)  # (S, rank and padding)
     return y + scaling * GroupedProduct.apply(low, B.mT, ends)
+
+
+def matrices(linear: nn.Linear, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Returns A and B of a Linear as they are with that rank, which may be higher, and scaling."""
+    A, B = linear.lora_A.weight, linear.lora_B.weight
+    if missing := rank - len(A):
+        A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+    if linear.lora_scaling != scaling:
+        B = B * (linear.lora_scaling / scaling)
+    return A, B
 
 
 class GroupedProduct(torch.autograd.Function):
