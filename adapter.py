@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from checkpoint import local_directory
 from fast import StackedExperts
 from files import read_json, replacing, write_json
-from lora import StoredLora, attach_lora, check_base, read_lora, remove_lora, selected_tensors
+from lora import attach_lora, remove_lora
 from model import ModelConfig, Transformer
+from peft_format import StoredLora, check_base, read_lora, selected_tensors
 from stored_tensors import StoredTensor
 
 

@@ -27,8 +27,8 @@ from checkpoint import (
 )
 from config import Keys, add_keys, key, read_keys
 from files import read_json, replacing, write_json
-from lora import StoredLora
 from model import ModelConfig
+from peft_format import StoredLora
 from stored_tensors import DTYPES, StoredTensor
 
 Adapter = dict[str, StoredTensor] | StoredLora

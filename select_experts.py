@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from chat import CHAT_FORMATS, OWN, load_tokenizer
 from checkpoint import choose_dtype, load_model, local_directory, read_config
 from config import Keys, add_keys, key, read_keys
 from data import by_length, encode_file, first_sample, pad, sample_tokens
-from chat import CHAT_FORMATS, OWN, load_tokenizer
 from files import check_output_file, read_json, write_json
 from model import Routing, Transformer
 from processes import SingleProcess, meet

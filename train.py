@@ -28,10 +28,17 @@ from config import read_keys
 from data import Rows, micro_batches, rows_of_step, sample_tokens
 from files import read_json, write_json, write_lines
 from generate import not_finite
-from lora import save_lora
 from model import Block, Transformer, checkpointed, token_losses
+from peft_format import save_lora
 from processes import SingleProcess
-from select_experts import Scores, choose, collect_scores, describe, read_scores, scoring_batches
+from select_experts import (
+    Scores,
+    choose,
+    collect_scores,
+    describe,
+    read_scores,
+    scoring_batches,
+)
 from tasks import answer_file, score
 from training.config import TrainConfig, config_parser
 from training.directory import RunDirectory

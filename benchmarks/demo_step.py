@@ -26,9 +26,9 @@ from v2_lite import print_conditions
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from chat import load_tokenizer  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from config import read_keys  # noqa: E402
-from chat import load_tokenizer  # noqa: E402
 from data import Rows, encode_file, rows_of_step, sample_tokens  # noqa: E402
 from processes import SingleProcess  # noqa: E402
 from select_experts import choose, collect_scores, scoring_batches  # noqa: E402

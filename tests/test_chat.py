@@ -11,7 +11,7 @@ from test_data import deepseek_tokenizer
 
 from chat import CHAT_FORMATS, load_tokenizer
 from checkpoint import load_model
-from data import IGNORE, encode_chat, encode_file, shown
+from data import IGNORE, encode_chat, shown
 from generate import generate
 
 TEMPLATES = {path.stem: path for path in sorted((ROOT / "tests/templates").glob("*.jinja"))}

@@ -10,8 +10,8 @@ from conftest import save_tokenizer, save_with_transformers
 
 import eval as evaluation
 import tasks.common
-from checkpoint import load_model
 from chat import load_tokenizer
+from checkpoint import load_model
 from data import encode_file
 from tasks import answer_file, read_examples, score
 

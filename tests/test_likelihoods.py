@@ -9,8 +9,8 @@ import torch
 from conftest import save_tokenizer, save_with_transformers
 from published_rows import BOS, EOS, write_rows
 
-from checkpoint import load_model
 from chat import load_tokenizer
+from checkpoint import load_model
 from tasks import TASKS, Ask, answer_file, read_examples, score
 from tasks.choice import choice_likelihoods
 

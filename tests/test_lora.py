@@ -41,9 +41,10 @@ from adapter import (
 from benchmarks.v2_lite import V2_LITE
 from checkpoint import build_model, load_model, read_config
 from fast.lora import experts_with_lora
-from lora import add_lora, linears, lora_parameters, remove_lora, save_lora
+from lora import add_lora, linears, lora_parameters, remove_lora
 from merge import merge
 from model import Cache, ModelConfig, Transformer, experts_loop
+from peft_format import save_lora
 from stored_tensors import StoredTensor
 
 TOKENS = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,9 @@ from test_lora import TOKENS, assert_close, separate_experts
 
 from adapter import load_adapter, read_adapter, remove_adapter
 from checkpoint import load_model, read_checkpoint
-from lora import lora_parameters, save_lora
+from lora import lora_parameters
 from merge import merge
+from peft_format import save_lora
 from stored_tensors import StoredTensor
 
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]

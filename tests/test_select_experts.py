@@ -9,8 +9,8 @@ from rank_pool import run_command_on_ranks
 from test_model import small_moe
 
 import select_experts
-from checkpoint import load_model
 from chat import load_tokenizer
+from checkpoint import load_model
 from data import encode_file, sample_tokens
 from model import MoE
 from select_experts import (

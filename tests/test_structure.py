@@ -13,6 +13,7 @@ FLOORS = [
     {"fast", "chat"},
     {"checkpoint"},
     {"lora", "data"},
+    {"peft_format"},
     {"adapter"},
     {"select_experts", "generate", "merge"},
     {"tasks"},

@@ -28,8 +28,8 @@ from published_rows import (
 )
 
 import tasks
-from checkpoint import load_model
 from chat import load_tokenizer
+from checkpoint import load_model
 from eval import rescore
 from files import write_lines
 from tasks import TASKS, Ask, answer_file, find_tasks, read_examples, score

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import train as trainer
 from adapter import load_adapter
+from chat import load_tokenizer
 from checkpoint import load_model, read_config
 from config import read_keys
-from chat import load_tokenizer
 from data import encode_file, pack, sample_tokens
 from fast import token_losses
 from merge import merge
