@@ -133,7 +133,7 @@ class Evaluation:
                 example = TASKS[self.task].saved_example(row, "")
                 if number in range(len(self.examples)) and all(
                     self.examples[number].get(name) == example.get(name)
-                    for name in ("prompt", "raw_answers", "choices", "test")
+                    for name in ("prompt", "raw_answers", "choices", "place", "test")
                 ):
                     found[number] = example
         return found

@@ -3,6 +3,8 @@ published files of MMLU, C-Eval, HellaSwag, ARC and CLUEWSC, and of rows of your
 
 import csv
 import re
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,9 +22,17 @@ from tasks.common import Ask, Predictions, Result, Task, by_row, stated, text_li
 @dataclass(frozen=True)
 class Choice(Task):
     by_letter: bool = False  # the main metric, as in these tasks' published scores
+    by_subject: bool = False  # whether each subject weighs the same, as in C-Eval's scores
 
     def predict(self, model, ask, examples, max_new_tokens, batch_size=64) -> Predictions:
         """Adds loglikelihoods, one a choice, and raw_prediction, the likeliest choice."""
+        longest = [join_choice(e["prompt"], max(e["choices"], key=len)) for e in examples]
+        # The model reads one token before these, the beginning, and does not read the last one.
+        lengths = list(map(len, ask.tokenizer.encode_all(longest)))
+        if too_long := sum(length > (ask.context or length) for length in lengths):
+            most = f"the {ask.context} tokens of max_position_embeddings"
+            said = f"{too_long} of {len(examples)} prompts are longer than {most}"
+            print(f"{said}, with their longest choice", flush=True)
         starts = range(0, len(examples), batch_size)
         for start in tqdm(starts, "score", unit="batch", leave=False, disable=None):
             block = examples[start : start + batch_size]
@@ -35,30 +45,43 @@ class Choice(Task):
         length of the choice's text, as lm-evaluation-harness' acc_norm."""
         records, groups = [], {}
         for e in examples:
-            right = e["choices"].index(e["raw_answers"][0])
+            right = e["place"] if "place" in e else e["choices"].index(e["raw_answers"][0])
             by_letter = [log / len(c) for log, c in zip(e["loglikelihoods"], e["choices"])]
             best, normalised = (v.index(max(v)) == right for v in (e["loglikelihoods"], by_letter))
             records.append({"example": e, "score": int(best), "score_normalised": int(normalised)})
             if "subject" in e:
                 groups.setdefault(e["subject"], []).append(int(best))
-        accuracy = {"accuracy": fmean([r["score"] for r in records])}
-        normalised = {"normalised": fmean([r["score_normalised"] for r in records])}
+        sizes = Counter(e.get("subject") for e in examples)
+        weights = [1 / sizes[e.get("subject")] if self.by_subject else 1 for e in examples]
+        accuracy = {"accuracy": fmean([r["score"] for r in records], weights)}
+        normalised = {"normalised": fmean([r["score_normalised"] for r in records], weights)}
         metrics = normalised | accuracy if self.by_letter else accuracy | normalised
         subjects = {name: fmean(scores) for name, scores in groups.items()}
-        return Result(metrics, len(records), "questions", records, groups=subjects)
+        unit = "questions, each subject weighing the same" if self.by_subject else "questions"
+        return Result(metrics, len(records), unit, records, groups=subjects)
 
     def check_answer(self, example: dict, where: str) -> None:
         choices, logs = text_list(example, "choices", where, 2), example.get("loglikelihoods")
-        numbers = [n for n in logs if isinstance(n, float | int)] if isinstance(logs, list) else []
+        numbers = [n for n in logs if is_finite(n)] if isinstance(logs, list) else []
         if logs != numbers or len(numbers) != len(choices):
             said = stated(example, "loglikelihoods")
-            raise ValueError(f"{where}: {said}; {len(choices)} numbers are required")
+            raise ValueError(f"{where}: {said}; {len(choices)} numbers are required, all finite")
         if not all(map(str.strip, choices)):
             raise ValueError(f"{where}: field choices holds an empty one")
         if example["raw_answers"][0] not in choices:
             raise ValueError(f"{where}: field raw_answers[0] is none of the choices")
+        if "place" in example:  # not in older files
+            right = [i for i, c in enumerate(choices) if c == example["raw_answers"][0]]
+            if type(example["place"]) is not int or example["place"] not in right:
+                needed = f"one of {right} is required, where raw_answers[0] is"
+                raise ValueError(f"{where}: {stated(example, 'place')}; {needed}")
         if not isinstance(example.get("subject", ""), str):
             raise ValueError(f"{where}: {stated(example, 'subject')}; a string is required")
+
+
+def is_finite(value) -> bool:
+    """Returns whether a value of a JSON file is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def choice_likelihoods(
@@ -87,10 +110,23 @@ def choice_likelihoods(
     return [[next(sums) for _ in example["choices"]] for example in examples]
 
 
+# Behind these, Chinese and Japanese have no space. Korean has one, and so have emoji.
+UNSPACED = re.compile(
+    "["
+    "\u2e80-\u312f\u3190-\u31ff"  # CJK punctuation, kana, bopomofo; between the two is Hangul
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # ideographs
+    "\ufe10-\ufe1f\ufe30-\ufe6f"  # vertical and small punctuation
+    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"  # full-width punctuation
+    "\uff66-\uff9f\U0001aff0-\U0001b16f"  # half-width and rare kana
+    "]"
+)
+
+
 def join_choice(prompt: str, choice: str) -> str:
-    """Puts a space between them, unless there is one, or a Chinese letter."""
-    apart = not prompt[-1:].isspace() and max(prompt[-1:], choice[:1]) < "\u2e80"
-    return f"{prompt} {choice}" if apart else prompt + choice
+    """Puts a space between them, unless the prompt ends with white space, or with what has no space
+    behind it. The choice does not matter: all choices of a question are joined the same way."""
+    end = prompt[-1:]
+    return prompt + choice if end.isspace() or UNSPACED.match(end) else f"{prompt} {choice}"
 
 
 def choice_example(prompt: str, choices: list[str], place, where: str, answer: str) -> dict:
@@ -99,7 +135,12 @@ def choice_example(prompt: str, choices: list[str], place, where: str, answer: s
         raise ValueError(f"{where}: {answer}; it must be one of the {len(choices)} choices")
     if empty := [c for c in choices if not c.strip()]:
         raise ValueError(f"{where}: a choice is {empty[0]!r}; it must not be empty")
-    return {"prompt": prompt, "raw_answers": [choices[place]], "choices": choices}
+    return {
+        "prompt": prompt,
+        "raw_answers": [choices[place]],
+        "choices": choices,
+        "place": place,  # two choices may have the same text
+    }
 
 
 def place_in(labels: list[str], label) -> int | None:
@@ -156,11 +197,13 @@ def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
 
 
 LETTERS = ["A", "B", "C", "D"]
+CEVAL_COLUMNS = ["id", "question", *LETTERS, "answer"]
 
 
-def read_csv(path: Path, columns: int, header: bool) -> list[tuple[str, list[str]]]:
+def read_csv(path: Path, columns: int, header: list[str]) -> list[tuple[str, list[str]]]:
     """Returns (where, cells) of each row but the header; `where` names the line that the row begins
-    in. Raises ValueError for a row of fewer cells than `columns`, and for a file without rows."""
+    in. `header` has the names of the first columns, or is empty where the file has none. Raises
+    ValueError for other names, a row of fewer cells than `columns`, and a file without rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = []
@@ -173,16 +216,25 @@ def read_csv(path: Path, columns: int, header: bool) -> list[tuple[str, list[str
                     rows.append((where, cells))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a CSV file: {error}") from None
+    if len(rows) <= bool(header):
+        raise ValueError(f"{path}: the file has no rows; at least one is required")
+    if header and rows[0][1][: len(header)] != header:
+        named = f"the columns are {','.join(rows[0][1]):.60}"
+        raise ValueError(f"{rows[0][0]}: {named}; {','.join(header)} are required")
     for where, cells in rows:
         if len(cells) < columns:
             raise ValueError(f"{where}: {len(cells)} cells; {columns} are required")
-    if len(rows) <= header:
-        raise ValueError(f"{path}: the file has no rows; at least one is required")
-    return rows[header:]
+    return rows[bool(header) :]
 
 
 def read_subjects(
-    folder: str | Path, split: str, intro: str, names: dict, asked: str, first: int, header: bool
+    folder: str | Path,
+    split: str,
+    intro: str,
+    names: dict,
+    asked: str,
+    first: int,
+    header: list[str],
 ) -> list[dict]:
     """Reads a folder of CSV files, SPLIT/SUBJECT_SPLIT.csv. Before each question stand `intro` with
     the subject's name and five examples of dev/. A row's question, four choices and letter begin in
@@ -214,12 +266,12 @@ def read_mmlu(folder: str | Path, ask: Ask) -> list[dict]:
     """Reads test/ of MMLU's published folder. The layout is that of the published evaluation, the
     second space before the subject included."""
     intro = "The following are multiple choice questions (with answers) about  {}.\n\n"
-    return read_subjects(folder, "test", intro, {}, "Answer:", first=0, header=False)
+    return read_subjects(folder, "test", intro, {}, "Answer:", first=0, header=[])
 
 
-def read_ceval(folder: str | Path, ask: Ask) -> list[dict]:
-    """Reads val/ of C-Eval's published folder (the answers of test/ are not published). Chinese
-    names of the subjects come from subject_mapping.json, if it is there."""
+def read_ceval(folder: str | Path, ask: Ask, split: str = "val") -> list[dict]:
+    """Reads val/ or test/ of C-Eval's published folder. Chinese names of the subjects come from
+    subject_mapping.json, if it is there."""
     mapping = Path(folder) / "subject_mapping.json"
     names = read_json(mapping) if mapping.exists() else {}
     try:
@@ -227,14 +279,24 @@ def read_ceval(folder: str | Path, ask: Ask) -> list[dict]:
     except (ValueError, AttributeError):
         raise ValueError(f'{mapping}: must be an object like {{"law": ["Law", "法学"]}}') from None
     intro = "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n"
-    return read_subjects(folder, "val", intro, names, "答案：", first=1, header=True)
+    return read_subjects(folder, split, intro, names, "答案：", first=1, header=CEVAL_COLUMNS)
+
+
+def read_ceval_test(folder: str | Path, ask: Ask) -> list[dict]:
+    """Reads test/. Its answers were published in 2025; older downloads have none."""
+    return read_ceval(folder, ask, "test")
 
 
 PUBLISHED = "the published rows"
 TASKS = {
     "choice": Choice("rows of prompt, choices, answer (place from 0 or text)", by_row(read_choice)),
     "mmlu": Choice("the folder of the published CSV files: dev/, test/", read_mmlu),
-    "ceval": Choice("the folder of the published CSV files: dev/, val/", read_ceval),
+    "ceval": Choice(
+        "the folder of the published CSV files: dev/, val/", read_ceval, by_subject=True
+    ),
+    "ceval_test": Choice(
+        "the same, and test/ with answers, as of 2025", read_ceval_test, by_subject=True
+    ),
     "hellaswag": Choice(PUBLISHED, by_row(read_hellaswag), by_letter=True),
     "arc": Choice(PUBLISHED, by_row(read_arc), by_letter=True),
     "cluewsc": Choice(PUBLISHED, by_row(read_cluewsc)),

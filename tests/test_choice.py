@@ -4,6 +4,7 @@ likelihoods become scores."""
 import json
 
 import pytest
+import torch
 from published_rows import (
     ARC_FILE,
     ARC_HUB,
@@ -16,9 +17,13 @@ from published_rows import (
     WIKIHOW,
     WSC_PROMPT,
     read_row,
+    write_rows,
 )
 
-from tasks import read_examples, score
+from checkpoint import load_model
+from data import load_tokenizer
+from eval import rescore
+from tasks import TASKS, Ask, read_examples, score
 from tasks.choice import join_choice
 
 DEV = """\
@@ -92,6 +97,7 @@ D. three
 Answer:""",
         "raw_answers": ["D"],
         "choices": ["A", "B", "C", "D"],
+        "place": 3,
         "subject": "abstract_algebra",
     }
     assert [join_choice("Answer:", c) for c in "AD"] == ["Answer: A", "Answer: D"]
@@ -111,6 +117,24 @@ def test_mmlu_is_the_mean_over_questions_with_subjects_apart(tmp_path):
         example["loglikelihoods"] = [-1.0 if right else -3.0, -2.0, -4.0, -4.0]
     result = score("mmlu", examples)
     assert (result.mean, result.count) == (0.5, 4)
+    assert result.groups == {"art": 1.0, "law": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize("task, split", [("ceval", "val"), ("ceval_test", "test")])
+def test_ceval_is_the_mean_over_subjects(task, split, tmp_path):
+    """One of one and one of three: (1 + 1/3) / 2, where MMLU has 2 / 4."""
+    head, row = "id,question,A,B,C,D,answer\n", "0,q,1,2,3,4,A\n"
+    files = {f"dev/{name}_dev.csv": head + row for name in ("art", "law")}
+    for other, rows in (("val", row), ("test", row)):
+        files |= {f"{other}/art_{other}.csv": head + rows, f"{other}/law_{other}.csv": head + rows}
+    files[f"{split}/law_{split}.csv"] = head + 3 * row
+    examples = read_examples(write_folder(tmp_path, files), task, PLAIN)
+    assert [e["subject"] for e in examples] == ["art", "law", "law", "law"]
+    for example, right in zip(examples, (True, False, True, False)):
+        example["loglikelihoods"] = [-1.0 if right else -3.0, -2.0, -4.0, -4.0]
+    result = score(task, examples)
+    assert result.metrics == dict.fromkeys(("accuracy", "normalised"), pytest.approx(2 / 3))
+    assert (result.mean, result.count) == (pytest.approx(2 / 3), 4)
     assert result.groups == {"art": 1.0, "law": pytest.approx(1 / 3)}
 
 
@@ -153,6 +177,25 @@ def test_mmlu_is_the_mean_over_questions_with_subjects_apart(tmp_path):
             ValueError,
             r"val/a_val\.csv: line 2: the answer is ''; it must be one of the 4 choices",
         ),
+        ("ceval_test", {"val/a_val.csv": TEST}, OSError, r"holds no test/SUBJECT_test\.csv"),
+        (
+            "ceval_test",  # a download from before 2025
+            {
+                "dev/a_dev.csv": "id,question,A,B,C,D,answer,explanation\n0,q,1,2,3,4,A,e\n",
+                "test/a_test.csv": "id,question,A,B,C,D\n0,q,1,2,3,4\n",
+            },
+            ValueError,
+            r"test/a_test\.csv: line 1: the columns are id,question,A,B,C,D; .*answer are required",
+        ),
+        (
+            "ceval",
+            {
+                "dev/a_dev.csv": "id,question,A,B,C,D,answer,explanation\n0,q,1,2,3,4,A,e\n",
+                "val/a_val.csv": "0,q,1,2,3,4,B\n1,r,1,2,3,4,C\n",
+            },
+            ValueError,
+            r"val/a_val\.csv: line 1: the columns are 0,q,1,2,3,4,B; id,question",
+        ),
     ],
 )
 def test_bad_folders(task, files, error, message, tmp_path):
@@ -166,7 +209,7 @@ def test_ceval_prompt_by_hand(named, tmp_path):
     files = {
         "dev/high_school_history_dev.csv": f"id,question,A,B,C,D,answer,explanation\n{dev}",
         "val/high_school_history_val.csv": 'id,question,A,B,C,D,answer\n0,"谁,何时？",1,2,3,4,C\n',
-        "test/high_school_history_test.csv": "id,question,A,B,C,D\n0,不公布,1,2,3,4\n",
+        "test/high_school_history_test.csv": "id,question,A,B,C,D\n0,没有答案,1,2,3,4\n",
     }
     if named:
         mapping = {"high_school_history": ["High School History", "高中历史", "Humanities"]}
@@ -214,6 +257,7 @@ def test_choice_rows_by_hand(task, row, prompt, choices, right, tmp_path):
         "prompt": prompt,
         "choices": choices,
         "raw_answers": [choices[right]],
+        "place": right,
     }
 
 
@@ -223,3 +267,107 @@ def test_normalised_accuracy_is_by_letter_of_the_choice():
     result = score("choice", [example])
     assert result.metrics == {"accuracy": 0.0, "normalised": 1.0}
     assert (result.records[0]["score"], result.records[0]["score_normalised"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "prompt, space",
+    [
+        *((prompt, True) for prompt in ("Answer:", "답:", "정답은", "㈜", "ㅋ", "Is it 😀", "☺️")),
+        *((prompt, True) for prompt in ("(答案)", "x = 1", "he said “no”", "")),
+        *((prompt, False) for prompt in ("Answer: ", "Answer:\n", "答案：", "答え\u3000")),
+        *(
+            (prompt, False)
+            for prompt in ("他说", "答えは", "カタカナ", "ﾃﾞｰﾀ", "𠮷", "「", "。", "！")
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "choices", [["A", "B"], ["是", "不是"], ["yes", "네", "😀", "はい"], [" left", "right"]]
+)
+def test_the_prompt_alone_says_whether_a_space_follows(prompt, space, choices):
+    joined = [join_choice(prompt, choice) for choice in choices]
+    assert joined == [f"{prompt} {c}" if space else f"{prompt}{c}" for c in choices]
+
+
+@pytest.mark.parametrize(
+    "task, row, gold",
+    [
+        ("choice", {"prompt": "Sky?", "choices": ["blue", "red", "blue"], "answer": 2}, 2),
+        ("choice", {"prompt": "Sky?", "choices": ["blue", "red", "blue"], "answer": "blue"}, 0),
+        (
+            "arc",
+            ARC_HUB
+            | {"choices": {"text": ["oil", "ice", "oil", "x"], "label": list("ABCD")}}
+            | {"answerKey": "C"},
+            2,
+        ),
+        ("hellaswag", HELLASWAG | {"endings": ["go.", "go. [x]", "[y]go.", "run."], "label": 1}, 1),
+    ],
+)
+def test_of_equal_choices_the_labelled_one_counts(task, row, gold, tmp_path):
+    """The first of the likeliest is taken, so of two equal choices never the second."""
+    example = read_row(tmp_path, task, row)
+    assert example["place"] == gold
+    for taken in range(len(example["choices"])):
+        logs = [-1.0 if i == taken else -9.0 for i in range(len(example["choices"]))]
+        (record,) = score(task, [example | {"loglikelihoods": logs}]).records
+        assert (record["score"], record["score_normalised"]) == (taken == gold, taken == gold)
+
+
+SAVED = {
+    "prompt": "p",
+    "raw_answers": ["go"],
+    "choices": ["go", "no", "go"],
+    "raw_prediction": "go",
+}
+SAVED["loglikelihoods"] = [-2.0, -3.0, -1.0]
+
+
+@pytest.mark.parametrize("place, right", [({}, 0), ({"place": 0}, 0), ({"place": 2}, 1)])
+def test_saved_rows_keep_the_place_and_older_ones_have_that_of_the_text(place, right, tmp_path):
+    path = write_rows(tmp_path / "saved.jsonl", [{"example": SAVED | place}])
+    assert rescore(path, "choice")[0].mean == right
+
+
+@pytest.mark.parametrize(
+    "field, text, message",
+    [
+        *(
+            ("place", text, r"field place is .*; one of \[0, 2\] is required")
+            for text in ("1", "3", "-1", "true", "false", "2.0", '"2"', "null", "[0]")
+        ),
+        *(
+            (
+                "loglikelihoods",
+                text,
+                "field loglikelihoods is .*; 3 numbers are required, all finite",
+            )
+            for text in ("[-1, NaN, -2]", "[-1, -2, -Infinity]", "[1e999, -1, -2]", "[-1, -2]")
+        ),
+        ("loglikelihoods", f"[-1, -2, 1{'0' * 400}]", "field loglikelihoods is .*all finite"),
+        ("loglikelihoods", "[-1, -2, true]", "field loglikelihoods is .*all finite"),
+    ],
+)
+def test_a_saved_place_or_number_that_cannot_be_is_named(field, text, message, tmp_path):
+    whole, marked = json.dumps({"example": SAVED}), json.dumps({"example": SAVED | {field: "HERE"}})
+    path = tmp_path / "saved.jsonl"
+    path.write_text(f"{whole}\n{marked}\n".replace('"HERE"', text))
+    with pytest.raises(ValueError, match=rf"saved\.jsonl: line 2: {message}"):
+        rescore(path, "choice")
+
+
+def test_prompts_longer_than_the_context_are_counted(checkpoint, capsys):
+    """A token is a byte here. What the model reads is the beginning, the prompt, the space and the
+    choice but for its last byte: 20, 21 and 22 tokens."""
+    examples = [
+        {"prompt": 18 * "p", "choices": ["A", "B"]},
+        {"prompt": 19 * "p", "choices": ["A", "B"]},
+        {"prompt": 10 * "p", "choices": ["A", "B" * 11]},
+    ]
+    model, tokenizer = load_model(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
+    for context, said in ((20, "2 of 3"), (21, "1 of 3"), (22, ""), (None, "")):
+        answered = list(TASKS["choice"].predict(model, Ask(tokenizer, False, context), examples, 0))
+        printed = capsys.readouterr().out
+        assert [len(e["loglikelihoods"]) for _, e in answered] == [2, 2, 2]
+        wanted = f"{said} prompts are longer than the {context} tokens of max_position_embeddings"
+        assert printed.startswith(wanted) if said else not printed

@@ -190,6 +190,17 @@ def test_a_spoiled_part_is_answered_again(line, checkpoint, data, tmp_path, monk
         assert files(tmp_path / "out[1]") == whole
 
 
+def test_a_row_whose_place_was_edited_is_answered_again(checkpoint, data, tmp_path, monkeypatch):
+    row = {"prompt": "ab is", "choices": ["ab", "no", "ab"], "answer": 2}
+    data["choice"].write_text(json.dumps(row))
+    args = arguments(checkpoint, data, tmp_path / "out", tasks=["choice"])
+    run(monkeypatch, *args)
+    whole, file = files(tmp_path / "out"), tmp_path / "out/base.choice.jsonl"
+    file.write_text(file.read_text().replace('"place": 2', '"place": 0'))
+    run(monkeypatch, *args)
+    assert files(tmp_path / "out") == whole
+
+
 def test_what_another_model_or_command_made_is_refused(
     checkpoint, data, adapters, tmp_path, monkeypatch
 ):
@@ -294,10 +305,14 @@ def test_a_kill_before_the_first_answer_or_after_overwriting_loses_nothing(
     assert len(asked) == 4
 
 
-def test_prompts_that_are_too_long_are_counted(checkpoint, data, tmp_path, monkeypatch, capsys):
-    rows = [{"prompt": "a" * n, "raw_answers": ["b"]} for n in (10, 3000)]
-    data["exact"].write_text("\n".join(map(json.dumps, rows)))
-    run(monkeypatch, *arguments(checkpoint, data, tmp_path / "out", tasks=["exact"]))
+@pytest.mark.parametrize("task", ["exact", "choice"])
+def test_prompts_that_are_too_long_are_counted(
+    task, checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    answer = {"choice": {"choices": ["b", "c"], "answer": 0}, "exact": {"raw_answers": ["b"]}}[task]
+    rows = [{"prompt": "a" * n} | answer for n in (10, 3000)]
+    data[task].write_text("\n".join(map(json.dumps, rows)))
+    run(monkeypatch, *arguments(checkpoint, data, tmp_path / "out", tasks=[task]))
     context = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
     assert f"1 of 2 prompts are longer than the {context} tokens" in capsys.readouterr().out
 
