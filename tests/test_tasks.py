@@ -307,11 +307,11 @@ def test_points_by_hand(reply, points):
 def test_judge_reads_the_first_paragraph_of_a_translation_alone(task, candidate):
     example = {"raw_answers": ["The {right} one", "no"]}
     prompt = TASKS[task].judge_prompt(example | {"raw_prediction": " One.\nTwo.\n\nTalk {x}.\n"})
-    _, between, end = re.split("Reference:|Candidate:", prompt)
+    _, between, end = re.split("Reference:|Candidate:", re.sub("\n=====.*", "", prompt))
     assert between.strip() == "The {right} one"
     assert end.strip().startswith(f"{candidate}\n\nReply with one line")
     assert TASKS[task].grades in prompt and all(c in prompt for c in TASKS[task].criteria)
-    assert "Candidate:\n(nothing)\n" in TASKS[task].judge_prompt(example | {"raw_prediction": " "})
+    assert "\n(nothing)\n" in TASKS[task].judge_prompt(example | {"raw_prediction": " "})
 
 
 # ------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ class StubJudge:
     """Gives 0.7 where the candidate is "good", else no points."""
 
     def points(self, texts: list[str]) -> list[float | None]:
-        return [0.7 if "Candidate:\ngood" in text else None for text in texts]
+        return [0.7 if "\ngood\n" in text else None for text in texts]
 
 
 INTENT = '{"intent": "A", "slots": {}}'
