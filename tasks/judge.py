@@ -175,7 +175,7 @@ class Judge:
                 raise JudgeError(f"{self.url}: {error.reason}") from None
             raise
         except (ValueError, OverflowError, http.client.InvalidURL) as error:
-            raise JudgeError(f"{self.url}: is no address: {error}") from None
+            raise JudgeError(f"judge_url {self.url!r} is no address: {error}") from None
         return self.read_reply(answer)
 
     def meaning(self, error: urllib.error.HTTPError) -> Exception:

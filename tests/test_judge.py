@@ -236,7 +236,8 @@ def test_an_endpoint_that_is_no_judge_is_asked_once(server, tmp_path, step, said
 
 
 @pytest.mark.parametrize("url", ["http://h:port/v1", "http://a b/v1", "http://h/é", "http://[1/v1"])
-def test_an_address_that_nothing_can_be_at_is_not_tried_again(url, tmp_path):
+def test_an_address_that_nothing_can_be_at_is_not_tried_again(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "PAUSES", ())
     judge = Judge(url, "judge-1", "", tmp_path / "judge.jsonl")
     with pytest.raises(JudgeError, match="is no address"):
         judge.points(["a"])
@@ -255,6 +256,7 @@ def test_a_wrong_certificate_or_host_is_not_tried_again(reason, tmp_path, monkey
     def refuse(request, timeout):
         raise urllib.error.URLError(reason)
 
+    monkeypatch.setattr(judging, "PAUSES", ())
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     judge = Judge("https://h/v1", "judge-1", "", tmp_path / "judge.jsonl")
     with pytest.raises(JudgeError, match="https://h/v1: .*(certificate verify|not known)"):
@@ -395,6 +397,9 @@ def test_nobody_there_at_first_is_a_warning(tmp_path, capsys):
         ("Total score: 10\nTotal score: 11", None),  # the last one counts, also if it is wrong
         ("Total score: 10\nTotal score: -1", None),
         ("Total score: 70/100", None),
+        ("Total score: 4/5", None),
+        ("Total score: 7, as it is short", None),
+        ("Total score: 7 is too much", None),
         ("I give 7 points for style.", None),
         ("<think>Total score: 9\nor less</think>\nTotal score: 6", 0.6),
         ("<think>10</think>\n\n5", 0.5),
