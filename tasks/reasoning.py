@@ -1,6 +1,10 @@
-"""Replies of models that reason before they answer."""
+"""Reasoning in a completion: it is not part of the answer."""
+
+OPENED, CLOSED = "<think>", "</think>"  # of DeepSeek-R1 and the models that follow it
 
 
 def without_reasoning(text: str) -> str:
-    """Returns the text behind the last "</think>", or the whole text without one."""
-    return text.rpartition("</think>")[2]
+    """Returns what stands behind the last </think>. A text that begins with <think> and never
+    closes it ran out of tokens before its answer, so the answer is empty."""
+    _, closed, answer = text.rpartition(CLOSED)
+    return "" if not closed and text.lstrip().startswith(OPENED) else answer
