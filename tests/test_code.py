@@ -1,5 +1,7 @@
 """Programs: completions of every shape become the program that they mean."""
 
+import time
+
 import pytest
 from published_rows import HUMAN_EVAL, MBPP, MBPP_SANITIZED, PLAIN, read_row
 
@@ -50,6 +52,20 @@ def unended(i: int, row: dict) -> str:
     return [" ", " ```python\n"][i % 2] + whole_function(row)
 
 
+def in_prose(i: int, row: dict) -> str:
+    """Without a fence, with words that are no Python, and with one that is."""
+    before = ["Here is the function (as you asked):\n\n", "python\n", "It's easy.\n"][i % 3]
+    after = ["\n\nIt doesn't need more (I think.\n", "\n\nDone", "\n```\nThat's all."][i % 3]
+    return f"{before}{whole_function(row)}{after}"
+
+
+def corrected(i: int, row: dict) -> str:
+    """The first try would end the program: its annotation is undefined."""
+    draft = f"def {row['entry_point']}(x: Undefined):\n    return None\n"
+    between = ["No, that is wrong.\n", "</think>\n\n"][i % 2]
+    return f"```python\n{draft}\n```\n{between}```python\n{whole_function(row)}\n```\n"
+
+
 def body_in_a_fence(i: int, row: dict) -> str:
     example = ["", "\n\nprint(undefined_name)"][i % 2]
     body = row["canonical_solution"].rstrip() + example
@@ -86,6 +102,8 @@ def verdicts():
         (with_junk, True),
         (in_a_fence, True),
         (unended, True),
+        (in_prose, True),
+        (corrected, True),
         (body_in_a_fence, True),
         (empty, False),
         (without_code, False),
@@ -102,6 +120,145 @@ def test_humaneval_solutions_in_every_shape(complete, passing, verdicts):
     assert (len(rows), wrong) == (164, {})
 
 
+# ------------------------------------------------------------------------------------------
+# By hand: what a model says around its code and in it
+
+ADD = {"code": 'def add(x):\n    """Adds one."""\n', "entry_point": "add"}
+ADD_TEST = "assert add(1) == 2"
+WITHOUT_PROMPT = {"code": "", "entry_point": ""}  # as MBPP's examples
+RIGHT, WRONG = "def add(x):\n    return x + 1", "def add(x):\n    return x + 3"
+HELPER, WITH_HELPER = "def one():\n    return 1", "def add(x):\n    return x + one()"
+IN_DOCSTRING = 'def add(x):\n{0}"""As in\n\n{0}{1}\n{0}add(1)\n{0}{1}\n{0}"""\n{0}return x + 1'
+
+
+def fenced(code: str, language: str = "python", fence: str = "```") -> str:
+    return f"{fence}{language}\n{code}\n{fence}\n"
+
+
+SHAPES = {  # of an answer; each means RIGHT
+    # CommonMark's fences: three or more of either mark, more words behind, an indent
+    "tildes": f"So:\n{fenced(RIGHT, fence='~~~')}Good.",
+    "four backticks": fenced(IN_DOCSTRING.format("  ", "```"), fence="````"),
+    "tildes around backticks": fenced(f'"""\n```\n"""\n{RIGHT}', fence="~~~~"),
+    "a longer closing fence": f"```python\n{RIGHT}\n`````\nGood.",
+    "more words behind": fenced(RIGHT, 'python title="add.py"'),
+    "in a list": "1. So:\n\n   ```python\n   def add(x):\n       return x + 1\n   ```\n2. Good.",
+    "other line ends": fenced(RIGHT).replace("\n", "\r\n"),
+    "no closing fence": f"~~~ py\n{RIGHT}\n",
+    "cut off": f"```python\n{RIGHT}\n\ndef other(x):\n    return (",
+    # a fence inside a docstring
+    "two spaces": fenced(IN_DOCSTRING.format("  ", "```")) + fenced("add(2)", ""),
+    "tildes in tildes": fenced(IN_DOCSTRING.format("   ", "~~~"), fence="~~~") + "Good.",
+    "at the margin": fenced('def add(x):\n    """As\n```\nadd(1)\n```\n"""\n    return x + 1'),
+    # several blocks
+    "helper": f"First\n{fenced(HELPER)}then\n{fenced(WITH_HELPER)}",
+    "helper after": f"{fenced(WITH_HELPER)}with\n{fenced(HELPER, '')}",
+    "imports": fenced("import operator") + fenced("def add(x):\n    return operator.add(x, 1)"),
+    "constant": fenced("ONE = int('1')") + fenced("def add(x):\n    return x + ONE"),
+    "corrected": f"{fenced(WRONG)}No:\n{fenced(RIGHT)}",
+    "corrected but for the helper": fenced(f"{HELPER}\n\n{WRONG}") + fenced(WITH_HELPER),
+    "corrected header": fenced("def add(x: No):\n    return x") + fenced(RIGHT),
+    "examples of use": fenced("total = add(1)\nprint(no)") + fenced(RIGHT) + fenced("print(no)"),
+    "example that imports": fenced(RIGHT) + fenced("from add import add\nprint(add(1))"),
+    "import of the answer": fenced(RIGHT) + fenced("from add import add"),
+    "shell and output": f"{fenced('pip install x', 'sh')}{fenced(RIGHT)}{fenced('2', '')}",
+    "wrong test in the block": fenced(f"{RIGHT}\n\nassert add(1) == 3\nadd(input())"),
+    "reads its input": fenced(f"{RIGHT}\n\nx = int(input())\nprint(add(x))"),
+    "formula": fenced("sum = x + one", "") + fenced(RIGHT),
+    # no fences
+    "prose": f"It's simple (really):\n\n{RIGHT}\n\nThis doesn't need more.",
+    "words that parse": f"Solution\n\n{RIGHT}\n\nDone",
+    "prose between": f"First\n\n{HELPER}\n\nNow it's easy:\n\n{WITH_HELPER}\n\nThat's it.",
+    "corrected prose": f"{WRONG}\n\nThat's wrong.\n\n{RIGHT}\n\nGood.",
+    "decorated": f"So:\n\nimport functools\n\n@functools.cache\n{RIGHT}\n\nIt's fast.",
+    "a lone closing fence": f"{RIGHT}\n```\nThis adds one.",
+    "a lone closing fence and an example": f"{RIGHT}\n```\nSo:\n{fenced('def t(): add(1)')}",
+    # what comes first, and what does not count
+    "future": fenced("from __future__ import annotations\n\n" + RIGHT.replace("x)", "x: No)")),
+    "long future": fenced(f"from __future__ import (\n    annotations,\n)\n{RIGHT}"),
+    "reasoning": f"<think>\nPerhaps\n{fenced(WRONG)}</think>\n\n{fenced(RIGHT)}",
+    "reasoning without its mark": f"{fenced(WRONG)}No.</think> {RIGHT}",
+}
+CONTINUATIONS = {  # of the prompt
+    "prose behind": "    return x + 1\n\nThis doesn't need more (I think.",
+    "reasoning": "I go on.\n</think>\n    return x + 1\n",
+    "a fence behind": "    return x + 1\n~~~\nGood.",
+    "body in an indented fence": "- So:\n\n  ```python\n      return x + 1\n  ```\n",
+}
+
+
+def test_what_every_shape_means(verdicts):
+    asked = {(name, "humaneval"): ADD | {"raw_prediction": said} for name, said in SHAPES.items()}
+    for name, said in SHAPES.items():
+        asked[name, "mbpp"] = WITHOUT_PROMPT | {"raw_prediction": said}
+    for name, said in CONTINUATIONS.items():
+        asked[name, "continuation"] = ADD | {"raw_prediction": said}
+    said = verdicts([(program(example), ADD_TEST) for example in asked.values()])
+    assert {name: line for name, line in zip(asked, said) if line != "passed"} == {}
+
+
+@pytest.mark.parametrize(
+    "prompt, indent",
+    [
+        ('def add(x):\n\t"""Adds one."""\n', "\t"),
+        ('def add(x):\n  """Adds one.\n  """\n', "  "),
+        ("def add(x):\n", "   "),
+        ("def add(x):\n\t# Adds one.\n", "\t"),
+        ("def add(x):\n\tfor _ in [1]:\n\t\t# Adds one.\n", "\t\t"),
+    ],
+)
+def test_prompts_of_any_indent(prompt, indent, verdicts):
+    completions = [RIGHT, fenced(RIGHT), RIGHT.replace("    ", "\t"), f"{indent}return x + 1\n"]
+    example = {"code": prompt, "entry_point": "add"}
+    programs = [program(example | {"raw_prediction": said}) for said in completions]
+    assert verdicts([(solution, ADD_TEST) for solution in programs]) == ["passed"] * 4
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        f"<think>\n{fenced(RIGHT)}",  # cut off before the answer
+        f"{fenced(RIGHT)}</think>\nI cannot.",
+        f"{fenced(RIGHT)}No:\n{fenced(WRONG)}",
+        fenced(RIGHT, "text"),
+        fenced("x = add(1)\nassert x == 2"),
+    ],
+)
+def test_what_is_no_answer_does_not_pass(completion, verdicts):
+    examples = [e | {"raw_prediction": completion} for e in (ADD, WITHOUT_PROMPT)]
+    assert "passed" not in verdicts([(program(example), ADD_TEST) for example in examples])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\n" * 25_000,
+        fenced("(") * 6_000,
+        "```\n'''\n" + "x = 1\n" * 10_000 + "```\n" * 9_000,
+        "from x import y is\n" * 5_000,
+        "def f(x):\n    return (\n" * 4_000,
+        "(" * 100_000,
+        "a+" * 50_000,
+        "-" * 100_000,
+        "    " * 25_000,
+        "    if x:\n" * 10_000,
+        "from __future__ import (" * 4_000,
+        "``` " * 25_000,
+        "```" + "a" * 100_000 + "`",
+        "\0" * 100_000,
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_no_text_takes_long(text):
+    began = time.monotonic()
+    for example in (ADD, WITHOUT_PROMPT):
+        assert isinstance(program(example | {"raw_prediction": text}), str)
+    assert time.monotonic() - began < 60  # it takes some seconds, but the machine may be busy
+
+
+# ------------------------------------------------------------------------------------------
+# MBPP
+
 NODE = "class Node:\n    def __init__(self, value):\n        self.value = value\n\n"
 TOTAL = NODE + "def total(n):\n    return n.value"
 ROOT = "def root(x):\n    return x ** 0.5"
@@ -112,6 +269,7 @@ ROOT = "def root(x):\n    return x ** 0.5"
     [
         (MBPP, TOTAL, True),
         (MBPP, f"{TOTAL}\n[DONE]\n\nYou are an expert", True),
+        (MBPP, f"[BEGIN]\n{TOTAL}\n```\nThis adds.\n[DONE]\ndef total(n): no", True),
         (MBPP, f" {TOTAL}", True),  # the space of the chat format
         (MBPP, f"Here:\n```python\n{TOTAL}\n```\nDone. [DONE]", True),
         (MBPP, f"```\npip install x\n```\n```python\n{TOTAL}\n```", True),
