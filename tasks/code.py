@@ -34,22 +34,22 @@ class Code(Task):
             text_field(example, name, where)
 
 
-STOPS = r"\n(?=class |def |@|#|if |print\(|```|~~~)"  # where a continuation of a function ends
+STOPS = r"\n(?=class |def |@|#|if |print\(|```)"  # where a continuation of a function ends
 INDENTED = re.compile(r"(?:[ \t]*\n)*(?:\t|  )[ \t]*[^\s`~]")  # the first line of code is
 OPENING = re.compile(r"(?<!\S)(`{3,}+|~{3,}+)[ \t]*(\w*+)[^`]*+$")  # a fence and its language
 LANGUAGES = ("", "py", "python", "python3")  # of the fences that are read
 BEGINNING = re.compile(r"(?:async def|class|def|from|import)\s|@\w|\w+\s*=")  # of a statement
 FUTURE = re.compile(r"^from __future__ import (?:\([^()]*\)|[^\n(]*)\n?", re.MULTILINE)
-CONSTANTS = vars(builtins).keys() - {"input"}  # names that the value of a constant may use
+CONSTANTS = vars(builtins).keys() - {"input"}  # what a constant may be made of
 WITH_BODY = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 MOST_FENCES, MOST_PARSES = 10, 50  # of one block, of one text: no text may take long
 
 
 def program(example: dict) -> str:
     """Returns the Python program in a completion. An indented text goes on with the prompt's
-    function. Any other text is searched for definitions, in blocks of code and around them. If
-    there is no definition of the function, the first block goes on with the prompt, else the text.
-    """
+    function. Any other text is searched for definitions, in blocks of code and around them; of two
+    of one name the last counts. If none is of the function, the first block goes on with the
+    prompt, else the text."""
     text, code = without_reasoning(example["raw_prediction"]), example["code"]
     entry = example["entry_point"]
     if entry and INDENTED.match(text):
@@ -124,7 +124,7 @@ def definitions(texts: list[str]) -> tuple[list[str], set[str]]:
         is_example = not has_function and (not all(defined) or names & functions)
         if is_example or names <= known:
             continue
-        last = max(i for i, names in enumerate(defined) if names)
+        last = max(i for i, new in enumerate(defined) if new)
         pieces.insert(0, without_words(piece, tree.body[: last + 1]))
         known |= names
     return pieces, known
@@ -153,7 +153,7 @@ def without_words(piece: str, statements: list[ast.stmt]) -> str:
 
 def python_in(text: str) -> list[tuple[str, ast.Module]]:
     """Returns the pieces of a text that are Python, with their trees. A piece ends before the
-    statement that is none. The next one begins where a line looks like the beginning of code."""
+    statement in which Python finds an error. The next begins at a line that looks like code."""
     found, lines = [], text.split("\n")
     end = len(lines)
     for _ in range(MOST_PARSES):

@@ -143,6 +143,8 @@ SHAPES = {  # of an answer; each means RIGHT
     "a longer closing fence": f"```python\n{RIGHT}\n`````\nGood.",
     "more words behind": fenced(RIGHT, 'python title="add.py"'),
     "in a list": "1. So:\n\n   ```python\n   def add(x):\n       return x + 1\n   ```\n2. Good.",
+    "another block in a list": f"- Do\n   ```sh\n   pip install x\n   ```\n- So\n{fenced(RIGHT)}",
+    "fences in another block": fenced(RIGHT) + fenced(f"```\nNo\n```\n{WRONG}", "md", "````"),
     "other line ends": fenced(RIGHT).replace("\n", "\r\n"),
     "no closing fence": f"~~~ py\n{RIGHT}\n",
     "cut off": f"```python\n{RIGHT}\n\ndef other(x):\n    return (",
@@ -167,6 +169,7 @@ SHAPES = {  # of an answer; each means RIGHT
     "formula": fenced("sum = x + one", "") + fenced(RIGHT),
     # no fences
     "prose": f"It's simple (really):\n\n{RIGHT}\n\nThis doesn't need more.",
+    "long prose": "It's easy.\n" * 60 + RIGHT,
     "words that parse": f"Solution\n\n{RIGHT}\n\nDone",
     "prose between": f"First\n\n{HELPER}\n\nNow it's easy:\n\n{WITH_HELPER}\n\nThat's it.",
     "corrected prose": f"{WRONG}\n\nThat's wrong.\n\n{RIGHT}\n\nGood.",
@@ -238,7 +241,7 @@ def test_what_is_no_answer_does_not_pass(completion, verdicts):
         "from x import y is\n" * 5_000,
         "def f(x):\n    return (\n" * 4_000,
         "(" * 100_000,
-        "a+" * 50_000,
+        "+a" * 50_000,
         "-" * 100_000,
         "    " * 25_000,
         "    if x:\n" * 10_000,
@@ -246,6 +249,7 @@ def test_what_is_no_answer_does_not_pass(completion, verdicts):
         "``` " * 25_000,
         "```" + "a" * 100_000 + "`",
         "\0" * 100_000,
+        f"x = '\ud800'\n{RIGHT}",  # no text at all
     ],
     ids=lambda text: repr(text[:12]),
 )

@@ -2,7 +2,10 @@
 saved scores the same again."""
 
 import json
+import random
 import re
+import time
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +37,10 @@ from eval import rescore
 from files import write_lines
 from tasks import TASKS, Ask, answer_file, find_tasks, read_examples, score
 from tasks.judge import read_points
+from tasks.reasoning import without_reasoning
 from tasks.text import final_number, score_exact, score_intent, score_number, score_trivia
 
+CASES = SHARED.parent / "cases"
 NEW_TASK = """
 from tasks.common import Task, by_row, read_answers
 
@@ -177,10 +182,42 @@ def test_published_completions_get_their_published_scores():
         ("It fell to \u22125", -5),
         ("\nQuestion: what is left?\nAnswer: 3", 3),
         (" 3 + 4 = 7\n#### 7\n\nQuestion: Tom has 2 cats.\nAnswer: #### 2", 7),
+        # TeX's spaces and narrow ones; MATH's rules drop \! and spaces
+        ("in all \\boxed{2\\,400}", 2400),
+        ("\\boxed{1\\;000\\:000\\ 000~000}", 10**12),
+        ("#### 3\\,600 of them", 3600),
+        ("12\u202f500 in all", 12500),
+        ("in 5~6 days", 6),
+        ("\\boxed{36 000}", 36000),
+        ("\\boxed{- 7}", -7),
+        ("\\boxed{4\\ \\text{h}~30}", 4),
+        # a leading point: MATH's rules put a 0 before it
+        ("#### .75", 0.75),
+        ("it costs -$.25", -0.25),
+        ("\\boxed{.4}", 0.4),
+        ("it makes...8", 8),
+        # an equation in a box
+        ("\\boxed{9 \\times 7 = 63}", 63),
+        ("\\boxed{x = 5}", 5),
+        ("\\boxed{48 = 6 \\times 8}", 48),
+        ("\\boxed{100 / 3 \\approx 33.3}", 33.3),
+        ("\\boxed{3 \\text{ boxes} = 36 \\text{ pens in 2 days}}", 36),
+        ("\\boxed{60 \\text{ km in 2 h}}", 60),  # MATH's remove_right_units
+        # MATH's last_boxed_only_string: the last \boxed or \fbox, whose braces nest
+        ("\\boxed{\\text{a \\textbf{b} and } 21} of 50", 21),
+        ("\\fbox{3} or \\boxed {\\frac{}{} 4}", 4),
+        ("\\boxed{6 \\boxed{}} and 9", 6),
+        ("\\boxed{13}. So the answer is \\boxed{}.", 13),
+        ("\\boxed{} in 8 days", 8),
+        ("\\boxed{15 and no more", 15),  # cut off
+        # lm-evaluation-harness' strict-match: the first "#### number" counts
+        ("6 + 6 = 12\n#### 12\n\nProblem: 3 pens.\n#### 3", 12),
+        ("#### 1,050.\nAnd:\n#### 4\n#### 5", 1050),
+        ("#### Sum\n#### 20 dollars\n\nA new one:\n#### 30", 20),
     ],
 )
 def test_final_numbers_by_hand(text, number):
-    assert final_number(text) == number
+    assert final_number(text) == (None if number is None else Decimal(str(number)))
     expected = 0 if number is None else 1
     assert score_number(text, [f"because\n#### {number or 0}"]) == expected
     assert score_number(text, ["because\n#### 99"]) == 0
@@ -422,3 +459,114 @@ def test_a_saved_row_with_a_wrong_field_is_named(task, row, message, tmp_path):
     path = write_rows(tmp_path / "c.jsonl", [row])
     with pytest.raises(ValueError, match=rf"c\.jsonl: line 1: {message}"):
         rescore(path, task)
+
+
+# ------------------------------------------------------------------------------------------
+# Whatever a model says
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<think>\nIs it 3?\n</think>\n\n4", "\n\n4"),
+        ("It may be 3.</think>4", "4"),  # the prompt ended with <think>
+        ("<think>3</think>5</think> 4", " 4"),
+        ("<think>\nIs it 3? Or 4", ""),  # cut off
+        ("The mark <think> opens it: 4", "The mark <think> opens it: 4"),
+        ("4", "4"),
+        ("", ""),
+    ],
+)
+def test_reasoning_is_no_answer(text, answer):
+    assert without_reasoning(text) == answer
+
+
+@pytest.mark.parametrize("task", ["exact", "intent", "gsm8k", "triviaqa", "humaneval"])
+def test_in_every_task_the_answer_follows_the_reasoning(task):
+    right, wrong = ANSWERED[task]
+    said = [
+        right | {"raw_prediction": f"<think>{wrong['raw_prediction']}</think>\n\n{r}"}
+        for r in (right["raw_prediction"], wrong["raw_prediction"])
+    ]
+    said.append(right | {"raw_prediction": f"{right['raw_prediction']}</think>"})
+    result = score(task, said)
+    assert [record["score"] for record in result.records] == [1, 0, 0]
+    assert [record["example"] for record in result.records] == said  # the reasoning is kept
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "humaneval"])
+@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+def test_saved_scores_of_the_cases(task):
+    result, equal = rescore(CASES / task / "completions.jsonl", task)
+    assert equal == result.count > 0
+
+
+SPLICES = [
+    *("```", "```python\n", "\n```\n", "~~~", '"""', "'''", "<think>", "</think>", "[DONE]"),
+    *("\\boxed{", "\\fbox {", "{", "}", "\\,", "~", "{,}", "\\text{ ", "=", "####", "$", ".", "-"),
+    *("def f(x):\n", "from __future__ import (", "@", "import a\n", "x = ", "\n    ", "\\", "{{["),
+    *(
+        "\0",
+        "\x0c",
+        "\x1b",
+        "\r",
+        "\t",
+        "\u2028",
+        "\u00a0",
+        "\ufeff",
+        "é",
+        "中",
+        "😀",
+        "٣",
+        "²",
+        "−",
+    ),
+    *("null", "NaN", "1e999", "9" * 5000, "(" * 300, '{"slots": [', "\ndef area(r):\n    return 1"),
+]
+
+
+def mutant(text: str, draw: random.Random) -> str:
+    """The text after one to six cuts, repetitions and insertions."""
+    for _ in range(draw.randint(1, 6)):
+        a, b = sorted(draw.randint(0, len(text)) for _ in range(2))
+        change = ("", text[a:b] * 2, text[a:b] + draw.choice(SPLICES), draw.choice(SPLICES) * 9)
+        text = text[:a] + draw.choice(change) + text[b:]
+    return text
+
+
+MUTATED = {
+    "gsm8k": "<think>9?</think>\nIt is $9 - .5 = 1\\,250$.\n#### 5\n\\boxed{\\text{a } 2 = 5}",
+    "intent": f"Sure:\n```json\n{INTENT}\n```\n{INTENT}。",
+    "humaneval": 'So:\n```python\ndef area(r):\n    """\n    ```\n    """\n    return r\n```\n',
+}
+
+
+@pytest.mark.parametrize("seed", range(500))
+def test_a_mutated_completion_has_a_score_or_a_named_error(seed, monkeypatch):
+    draw = random.Random(seed)
+    task = draw.choice([*MUTATED])
+    text = draw.choice([MUTATED[task], *(e["raw_prediction"] for e in ANSWERED[task])])
+    example = ANSWERED[task][0] | {"raw_prediction": mutant(text, draw)}
+    # Programs are put together, but not run.
+    monkeypatch.setattr(tasks.code, "missing_guards", list)
+    monkeypatch.setattr(tasks.code, "run_programs", lambda pairs: [type(p[0]) for p in pairs])
+    (record,) = score(task, [example]).records
+    assert record["score"] in (0, 1)
+    assert record.get("result") == (str if task == "humaneval" else None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("9" * 100_000, "1," * 50_000, "1\\," * 33_000, "." * 100_000, "-$" * 50_000),
+        *("####" + " " * 100_000, "#" * 100_000, "\\boxed{" * 14_000, "{" * 100_000),
+        *("\\boxed{" + "1=2 3=" * 16_000, "\\boxed" + " " * 100_000, "\n" * 100_000),
+        *("<think>" * 14_000, "[" * 100_000, '{"a":' * 20_000, "```json" * 14_000),
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_a_long_answer_is_scored_soon(text):
+    began = time.monotonic()
+    for task in ("gsm8k", "intent", "triviaqa", "exact"):
+        assert score(task, [ANSWERED[task][0] | {"raw_prediction": text}]).mean == 0
+    assert time.monotonic() - began < 20  # it takes some hundredths of a second
