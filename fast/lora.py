@@ -34,7 +34,9 @@ def grouped_lora(x: Tensor, stack: Tensor, linears: list[nn.Linear], ends: Tenso
     if not carriers:
         return y
     rank = max(linear.lora_A.out_features for linear in carriers)
-    scaling = max((linear.lora_scaling for linear in carriers), key=abs)
+    scaling = carriers[0].lora_scaling
+    if any(linear.lora_scaling != scaling for linear in carriers):
+        scaling = 1.0  # `matrices` puts each one's own into its B
     zeros = x.new_zeros(rank, x.shape[1]), x.new_zeros(y.shape[1], rank)
     pairs = [matrices(m, rank, scaling) if hasattr(m, "lora_A") else zeros for m in linears]
     A, B = (torch.stack(each) for each in zip(*pairs))

@@ -18,8 +18,6 @@ def read_points(reply: str | None) -> float | None:
     score" and nothing else, or the only thing that the reply says. None if there is no number from
     0 to 10. A number inside a sentence may be one that the judge quotes."""
     text = without_reasoning(reply or "")
-    if text.lstrip().startswith("<think>"):  # the reply was cut off before its answer
-        return None
     lines = (" ".join(line.split()) for line in re.sub("[*_`#]", "", text).splitlines())
     text = "\n".join(filter(None, lines))
     for points, scale in VERDICT.findall(text)[-1:] or BARE_VERDICT.findall(text):

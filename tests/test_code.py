@@ -8,7 +8,7 @@ from published_rows import HUMAN_EVAL, MBPP, MBPP_SANITIZED, PLAIN, read_row
 from chat import read_rows
 from files import write_lines
 from tasks import read_examples, score
-from tasks.code import program
+from tasks.program import program
 from tasks.sandbox import run_programs
 
 JUNK = [  # what base models go on with; each would break the program
