@@ -229,7 +229,8 @@ def main() -> None:
         for name in ("model", "data"):
             if not getattr(config, name):
                 raise ValueError(f"--{name} is required")
-        tokenizer = load_tokenizer(local_directory(config.model), config.chat_format)
+        base = local_directory(config.model, files=["*.json", "*.jinja"])  # and no weights
+        tokenizer = load_tokenizer(base, config.chat_format)
         samples = encode_file(config.data, tokenizer)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

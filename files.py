@@ -64,13 +64,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:
-    """Raises ValueError for a number that is not finite: JSON has none."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False) + "\n")
+    """Raises ValueError that names the file for a number that is not finite: JSON has none."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    write_text(path, f"{text}\n")
 
 
 def write_lines(path: str | Path, records: Iterable) -> None:
-    """Writes one line of JSON for each record. Raises ValueError as `write_json`."""
-    lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+    """Writes one line of JSON for each record. Raises ValueError as `write_json` does."""
+    try:
+        lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     write_text(path, "".join(lines))
 
 

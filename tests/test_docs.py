@@ -26,7 +26,14 @@ from training.config import TrainConfig
 README = ROOT / "README.md"
 RECIPES = ROOT / "docs/changing_the_code.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("train", "train_ep", "select_experts", "eval", "merge", "data")  # files with command_line()
+COMMANDS = (
+    "train",
+    "train_ep",
+    "select_experts",
+    "eval",
+    "merge",
+    "data",
+)  # files with command_line()
 NOT_HERE = ("checkpoints/", "datasets/", "deepseek-ai/", "mine.jsonl", "DIR")  # a reader has them
 OUTSIDE = ("pip install", "hf download", "git clone", "cp -r")  # commands of others
 

@@ -3,15 +3,21 @@ files, rows and steps from which nothing is learned."""
 
 import json
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, SHARED
+from test_train import settings
 
 import data
 from chat import load_tokenizer
+from checkpoint import load_model
 from data import IGNORE, encode_file, shown
+from tasks import answer_file
+from train import train
 from training.config import TrainConfig
 from training.inputs import prepare_rows
 
@@ -291,3 +297,52 @@ def test_rows_with_nothing_to_learn_are_left_out_and_long_samples_are_said(
 )
 def test_scores_that_select_nothing_take_few_tokens(changes, expected):
     assert TrainConfig(**{"n_sample_tokens": 100_000} | changes).scored_tokens == expected
+
+
+def test_text_that_begins_or_ends_already_is_asked_and_scored_as_if_it_did_not(tokenizer, tmp_path):
+    """In decoding, choices and judged tasks: a begin of sequence in the prompt, an end in the
+    reference answer."""
+    model = load_model(ROOT / "demo/base", dtype=torch.float32)
+    prompt = "User: Copy: ring knife\n\nAssistant:"
+    rows = {
+        "exact": {"prompt": prompt, "raw_answers": ["ring knife"]},
+        "choice": {"prompt": prompt, "choices": ["ring knife", "cloud"], "answer": 0},
+        "summary": {"prompt": prompt, "raw_answers": ["ring knife"]},
+        "loss": {"prompt": prompt, "completion": " ring knife"},
+    }
+    path = tmp_path / "rows.jsonl"
+    for task, row in rows.items():
+        carries = row | {"prompt": BOS + prompt}
+        if task == "summary":
+            carries |= {"raw_answers": [f"ring knife{EOS}"]}
+        if task == "loss":
+            carries |= {"completion": f" ring knife{EOS}"}
+        path.write_text(f"{json.dumps(row)}\n{json.dumps(carries)}\n")
+        plain, carried = answer_file(model, tokenizer, task, path, max_new_tokens=8)
+        for name in plain.keys() - {"prompt", "raw_answers"}:
+            assert carried[name] == pytest.approx(plain[name]), (task, name)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_run_on_a_template_shows_its_first_sample_and_belongs_to_the_template(tmp_path, capsys):
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    shutil.copytree(ROOT / "demo/base", base)
+    (base / "chat_template.jinja").write_text(CHATML)
+    rows.write_text(json.dumps({"messages": [user("Copy: ring"), answer("ring")]}))
+    changes = {"validation_data": str(rows), "batch_size": 1, "gradient_accumulation_steps": 1}
+    config = settings(base, rows, tmp_path / "run", **changes, steps=1, save_steps=1)
+    train(config)
+    out = capsys.readouterr().out
+    assert f"chat format: template ({base}/chat_template.jinja); the first sample" in out
+    assert f"[user]Copy: ring{EOS}[assistant]«ring{EOS}»" in out
+    (base / "chat_template.jinja").write_text(CHATML.replace("[", "<"))
+    with pytest.raises(ValueError, match="holds a run of another config: chat template"):
+        train(config)
+    long = [(list(range(2, 900)), [IGNORE] * 898)]
+    text = data.first_sample(long, load_tokenizer(base, "deepseek_v2"))
+    assert text.startswith("chat format: deepseek_v2; the first") and 900 < len(text) < 1100
