@@ -31,14 +31,7 @@ from generate import not_finite
 from model import Block, Transformer, checkpointed, token_losses
 from peft_format import save_lora
 from processes import SingleProcess
-from select_experts import (
-    Scores,
-    choose,
-    collect_scores,
-    describe,
-    read_scores,
-    scoring_batches,
-)
+from select_experts import Scores, choose, collect_scores, describe, read_scores, scoring_batches
 from tasks import answer_file, score
 from training.config import TrainConfig, config_parser
 from training.directory import RunDirectory
@@ -210,10 +203,7 @@ def loop(job: Job, state: dict, started: float) -> float | None:
 
             last = state["step"] == config.steps
             if held_out is not None and (state["step"] % config.eval_steps == 0 or last):
-                loss = record["validation_loss"] = validate(config, job.model, held_out)
-                if not math.isfinite(loss):  # the step's weights are bad: they are not saved
-                    bad = not_finite(job.model, held_out.tokens.tolist())
-                    raise FloatingPointError(f"step {step + 1}: validation loss is {loss}: {bad}")
+                loss = record["validation_loss"] = validate(config, job.model, held_out, step + 1)
                 if state["best_loss"] is None or loss < state["best_loss"]:
                     state["best_loss"] = loss
                     job.save_adapter()
@@ -287,13 +277,18 @@ def losses_of(
 
 
 @torch.no_grad()
-def validate(config: TrainConfig, model: Transformer, rows: Rows) -> float:
-    """Returns the mean cross-entropy over all labels of the validation rows."""
+def validate(config: TrainConfig, model: Transformer, rows: Rows, step: int) -> float:
+    """Returns the mean cross-entropy over all labels of the validation rows. Raises
+    FloatingPointError, which names the layer, if it is not finite: then the weights are bad."""
     total = torch.zeros((), dtype=torch.float64, device=config.device)
     for part in rows.split(config.micro_batch):
         losses, _ = losses_of(config, model, part)
         total += losses.double().sum()
-    return total.item() / rows.learned.sum().item()
+    loss = total.item() / rows.learned.sum().item()
+    if not math.isfinite(loss):
+        bad = not_finite(model, rows.tokens.tolist())
+        raise FloatingPointError(f"step {step}: the validation loss is {loss}: {bad}")
+    return loss
 
 
 def be_deterministic(on: bool) -> None:
