@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 from conftest import ROOT
 from rank_pool import run_command_on_ranks
 
@@ -105,3 +106,16 @@ def test_the_benchmark_of_ranks_runs(tmp_path):
     done = run_command_on_ranks(2, tmp_path, "benchmarks/expert_parallel.py", "--tiny")
     assert [rank["status"] for rank in done] == [0, 0]
     assert "benchmark" in json.loads(done[0]["stdout"].splitlines()[-1])
+
+
+def test_the_tokenizer_opens_in_older_libraries_too():
+    """Before 0.20, tokenizers read merges as strings alone. Pairs mean the same ids."""
+    content = json.loads((ROOT / "demo/base/tokenizer.json").read_text())
+    merges = content["model"]["merges"]
+    assert merges and all(isinstance(merge, str) for merge in merges)
+    content["model"]["merges"] = [merge.split(" ") for merge in merges]
+    as_pairs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    as_strings = tokenizers.Tokenizer.from_file(str(ROOT / "demo/base/tokenizer.json"))
+    for path in sorted((ROOT / "demo/data").glob("*_test.jsonl")):
+        for line in path.read_text().splitlines()[:50]:
+            assert as_strings.encode(line).ids == as_pairs.encode(line).ids

@@ -110,7 +110,9 @@ def test_validation_ends_the_run_with_step_and_layer(tmp_path, monkeypatch):
             next(p for n, p in optimizer.parameters.items() if ".layers.3." in n).fill_(torch.nan)
 
     monkeypatch.setattr(train.MasterAdamW, "step", spoil)
-    with pytest.raises(FloatingPointError, match="step 1: the validation loss is nan: layer 3 gives"):
+    with pytest.raises(
+        FloatingPointError, match="step 1: the validation loss is nan: layer 3 gives"
+    ):
         train.train(config)
     assert not (tmp_path / "run/adapter").exists()
 

@@ -7,6 +7,8 @@ import pytest
 from conftest import SHARED, save_with_transformers
 from test_data import deepseek_tokenizer
 
+from chat import load_tokenizer
+from data import IGNORE, encode_file
 from train import train
 from training.config import TrainConfig
 
@@ -63,3 +65,21 @@ def test_published_intent_data_end_to_end(tmp_path):
     )
     assert [c["score"] for c in completions] == [0, 0, 0]  # weights are random
     assert results["after"][config.eval_sets[0]]["count"] == 3
+
+
+def test_ids_and_labels_of_the_published_data_by_hand(tmp_path):
+    """The paper's format written out: the begin of sequence, the question, the answer and the end of
+    sequence, each encoded alone, as the original code does."""
+    tokenizer = load_tokenizer(deepseek_tokenizer(tmp_path), "deepseek_v2")
+    path = SHARED / "esft/train_intent.jsonl"
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    asked = [f"User: {question['content'].strip()}\n\nAssistant:" for question, _ in rows]
+    answered = [f" {answer['content'].strip()}" for _, answer in rows]
+    bos, eos = map(
+        tokenizer.inner.token_to_id, ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+    )
+    expected = [
+        ([bos, *asked, *answer, eos], [bos] + [IGNORE] * len(asked) + [*answer, eos])
+        for asked, answer in zip(tokenizer.encode_all(asked), tokenizer.encode_all(answered))
+    ]
+    assert len(rows) == 7280 and encode_file(path, tokenizer) == expected

@@ -13,11 +13,11 @@ from conftest import ROOT, SHARED
 from test_train import settings
 
 import data
+import train
 from chat import load_tokenizer
 from checkpoint import load_model
 from data import IGNORE, encode_file, shown
 from tasks import answer_file
-from train import train
 from training.config import TrainConfig
 from training.inputs import prepare_rows
 
@@ -336,13 +336,26 @@ def test_a_run_on_a_template_shows_its_first_sample_and_belongs_to_the_template(
     rows.write_text(json.dumps({"messages": [user("Copy: ring"), answer("ring")]}))
     changes = {"validation_data": str(rows), "batch_size": 1, "gradient_accumulation_steps": 1}
     config = settings(base, rows, tmp_path / "run", **changes, steps=1, save_steps=1)
-    train(config)
+    train.train(config)
     out = capsys.readouterr().out
     assert f"chat format: template ({base}/chat_template.jinja); the first sample" in out
     assert f"[user]Copy: ring{EOS}[assistant]«ring{EOS}»" in out
     (base / "chat_template.jinja").write_text(CHATML.replace("[", "<"))
     with pytest.raises(ValueError, match="holds a run of another config: chat template"):
-        train(config)
+        train.train(config)
     long = [(list(range(2, 900)), [IGNORE] * 898)]
     text = data.first_sample(long, load_tokenizer(base, "deepseek_v2"))
     assert text.startswith("chat format: deepseek_v2; the first") and 900 < len(text) < 1100
+
+
+def test_a_run_with_given_experts_scores_few_tokens_for_its_report(tmp_path, monkeypatch):
+    rows, cfg, asked = tmp_path / "rows.jsonl", tmp_path / "cfg.json", []
+    rows.write_text(json.dumps({"messages": TURN}) + "\n")
+    cfg.write_text(json.dumps({"experts": {"1": [3]}}))
+    draw = train.sample_tokens
+    monkeypatch.setattr(train, "sample_tokens", lambda *a: asked.append(a[1]) or draw(*a))
+    changes = {"validation_data": str(rows), "batch_size": 1, "gradient_accumulation_steps": 1}
+    for name, given in (("own", {}), ("given", {"expert_config": str(cfg)})):
+        run = settings(ROOT / "demo/base", rows, tmp_path / name, **changes, **given, steps=1)
+        train.train(run)
+    assert asked == [131_072, 131_072, 8_192, 8_192]  # before and after training
