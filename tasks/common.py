@@ -16,7 +16,7 @@ from chat import Tokenizer, is_text, read_rows, text_field
 from generate import generate_each
 from model import Transformer
 from tasks.judge import Judge
-from tasks.reasoning import without_reasoning
+from tasks.reasoning import answer_in
 
 ANSWERS = "rows of prompt (in its chat format) and raw_answers"
 
@@ -116,7 +116,7 @@ class Task:
 
     def result_of(self, examples: list[dict], judge: Judge | None = None) -> Result:
         """Scores answered examples."""
-        answers = [without_reasoning(e["raw_prediction"]) for e in examples]
+        answers = [answer_in(e) for e in examples]
         scores = [self.score(answer, e["raw_answers"]) for answer, e in zip(answers, examples)]
         records = [{"example": e, "score": score} for e, score in zip(examples, scores)]
         return Result({"accuracy": fmean(scores)}, len(records), "samples", records)

@@ -9,7 +9,7 @@ from statistics import fmean
 from tasks.common import ANSWERS, Predictions, Result, Task, by_row, read_answers, typed_field
 from tasks.judge import Judge
 from tasks.loss import answer_losses
-from tasks.reasoning import without_reasoning
+from tasks.reasoning import answer_in
 
 JUDGE_PROMPT = """You grade {what}. Compare the candidate with the reference and give points \
 from 0 to 10, where 10 says as good as the reference. Look at:
@@ -74,7 +74,7 @@ class Judged(Task):
     def judge_prompt(self, example: dict) -> str:
         """Returns what a judge is asked: the same for the same example, as replies are kept by it.
         The marks are a digest of what stands between them, so a candidate cannot hold them."""
-        answer = without_reasoning(example["raw_prediction"]).strip()
+        answer = answer_in(example).strip()
         reference = example["raw_answers"][0]
         candidate = "\n\n".join(answer.split("\n\n")[: self.paragraphs]) or "(nothing)"
         digest = hashlib.sha256(f"{reference}\n{candidate}".encode()).hexdigest()

@@ -25,7 +25,7 @@ SECONDS = 120.0  # that one request may take
 PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the tries of a request
 REQUESTS = 8  # at a time
 FAILURES = (OSError, http.client.HTTPException)  # another try may succeed
-OF_ONE_TEXT = (400, 413, 422)  # HTTP errors that another text may not get
+OF_ONE_TEXT = (400, 413, 422)  # HTTP errors that concern one text alone
 
 
 class JudgeError(ValueError):

@@ -7,26 +7,28 @@ import re
 import textwrap
 import warnings
 from itertools import dropwhile, islice
+from typing import NamedTuple
 
-from tasks.reasoning import without_reasoning
+from tasks.reasoning import answer_in
 
-STOPS = r"\n(?=class |def |@|#|if |print\(|```)"  # where a continuation of a function ends
-INDENTED = re.compile(r"(?:[ \t]*\n)*(?:\t|  )[ \t]*[^\s`~]")  # the first line of code is
+STOPS = r"\n(?=class |def |@|#|if |print\(|```)"  # a continuation of a function ends here
+INDENTED = re.compile(r"(?:[ \t]*\n)*(?:\t|  )[ \t]*[^\s`~]")  # a text whose first line is
 OPENING = re.compile(r"(?<!\S)(`{3,}+|~{3,}+)[ \t]*(\w*+)[^`]*+$")  # a fence and its language
-LANGUAGES = ("", "py", "python", "python3")  # of the fences that are read
-BEGINNING = re.compile(r"(?:async def|class|def|from|import)\s|@\w|\w+\s*=")  # of a statement
+LANGUAGES = ("", "py", "python", "python3")  # fences of these languages are read
+BEGINNING = re.compile(r"(?:async def|class|def|from|import)\s|@\w|\w+\s*=")  # a statement's
 FUTURE = re.compile(r"^from __future__ import (?:\([^()]*\)|[^\n(]*)\n?", re.MULTILINE)
-CONSTANTS = vars(builtins).keys() - {"input"}  # what a constant may be made of
 WITH_BODY = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-MOST_FENCES, MOST_PARSES = 10, 50  # of one block, of one text: no text may take long
+# So many closing fences are tried for a block, and so many pieces of a text are parsed: otherwise
+# some texts would take minutes.
+MOST_FENCES, MOST_PARSES = 10, 50
 
 
 def program(example: dict) -> str:
     """Returns the Python program in a completion. An indented text goes on with the prompt's
-    function. Any other text is searched for definitions, in blocks of code and around them; of two
-    of one name the last counts. If none is of the function, the first block goes on with the
-    prompt, else the text."""
-    text, code = without_reasoning(example["raw_prediction"]), example["code"]
+    function. Any other text is searched for definitions, in blocks of code and around them. If no
+    definition has the function's name, the first block is appended to the prompt; without a block,
+    the text is."""
+    text, code = answer_in(example), example["code"]
     entry = example["entry_point"]
     if entry and INDENTED.match(text):
         return continuation(code, text)
@@ -34,18 +36,24 @@ def program(example: dict) -> str:
         text = text.split("[DONE]")[0]
     text = text.removeprefix(" ")  # chat formats have one before an answer
     parts = split_fences(text)
-    pieces, names = definitions([part for part, _ in parts])
-    if entry in names or (names and not entry):
-        whole = "\n\n".join([with_body(code), *pieces])  # imports and helpers stand in the prompt
+    pieces = [piece for part, _ in parts for piece in python_in(textwrap.dedent(part))]
+    wanted = {entry} if entry else set(re.findall(r"\w+", example["test"]))
+    lines, names = needed(pieces, wanted)
+    if names & wanted:
+        whole = "\n".join([with_body(code), *lines])  # imports and helpers stand in the prompt
         return "".join(FUTURE.findall(whole)) + FUTURE.sub("", whole)
     text = next((part for part, is_block in parts if is_block), text)
     return continuation(code, text) if entry else text
 
 
 def continuation(code: str, text: str) -> str:
-    """Returns the prompt and the text that goes on with it, up to other functions and prose."""
+    """Returns the prompt and the text that goes on with it, up to other statements and prose."""
     whole = code + re.split(STOPS, text, maxsplit=1)[0]
-    return next((piece for piece, _ in python_in(whole) if piece.startswith(code)), whole)
+    for piece, tree in python_in(whole):
+        if piece.startswith(code):
+            begun = [node for node in tree.body if node.lineno <= len(code.splitlines())]
+            return "\n".join([*piece.split("\n")[: begun[-1].end_lineno], ""])
+    return whole
 
 
 def with_body(code: str) -> str:
@@ -86,45 +94,70 @@ def unindented(lines: list[str], indent: int) -> str:
     return "\n".join(line[min(indent, len(line) - len(line.lstrip())) :] for line in lines)
 
 
-def definitions(texts: list[str]) -> tuple[list[str], set[str]]:
-    """Returns the pieces of Python that define names, and the names. A draft is left out: all of
-    its names are defined again later. So is an example of use: it has no function or class, and it
-    does more than import and set constants, or imports what another piece defines."""
-    found = [piece for text in texts for piece in python_in(textwrap.dedent(text))]
-    functions = {s.name for _, tree in found for s in tree.body if isinstance(s, WITH_BODY)}
-    pieces, known = [], set()
-    for piece, tree in reversed(found):
-        defined = [names_of(statement) for statement in tree.body]
-        names = set().union(*defined)
-        has_function = any(isinstance(statement, WITH_BODY) for statement in tree.body)
-        is_example = not has_function and (not all(defined) or names & functions)
-        if is_example or names <= known:
-            continue
-        last = max(i for i, new in enumerate(defined) if new)
-        pieces.insert(0, without_words(piece, tree.body[: last + 1]))
-        known |= names
-    return pieces, known
+class Statement(NamedTuple):
+    """A statement at the top level of a piece of Python."""
+
+    lines: list[str]
+    defines: set[str]
+    needs: set[str]  # names that it takes from outside
+    is_import: bool
 
 
-def names_of(statement: ast.stmt) -> set[str]:
-    """Returns the names that a statement defines: of a function, a class, an import, a constant."""
-    if isinstance(statement, WITH_BODY):
-        return {statement.name}
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        return {alias.asname or alias.name.split(".")[0] for alias in statement.names}
-    if isinstance(statement, ast.Assign | ast.AnnAssign):
-        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-        targets = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-        return targets if {name.id for name in names} - targets <= CONSTANTS else set()
-    return set()
+def read_statement(node: ast.stmt, lines: list[str]) -> Statement:
+    """Returns a statement of a piece whose lines are `lines`."""
+    stored, loaded = set(), set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name):
+            (loaded if isinstance(n.ctx, ast.Load) else stored).add(n.id)
+        elif isinstance(n, ast.arg):
+            stored.add(n.arg)
+        elif isinstance(n, ast.Global):
+            loaded |= set(n.names)
+        elif isinstance(n, WITH_BODY):
+            stored.add(n.name)
+        elif isinstance(n, ast.Import | ast.ImportFrom):
+            stored |= {alias.asname or alias.name.split(".")[0] for alias in n.names}
+    globals_ = {name for n in ast.walk(node) if isinstance(n, ast.Global) for name in n.names}
+    defines, is_import = stored, isinstance(node, ast.Import | ast.ImportFrom)
+    if isinstance(node, WITH_BODY):
+        defines = {node.name}
+    elif isinstance(node, ast.AugAssign | ast.Expr) or "__name__" in loaded:
+        defines = set()
+    elif not is_import:
+        defines = stored - vars(builtins).keys()  # sum = 0 is an example's
+    first = min(n.lineno for n in (node, *getattr(node, "decorator_list", [])))
+    needs = loaded - (stored - globals_) - vars(builtins).keys()
+    return Statement(lines[first - 1 : node.end_lineno], defines, needs, is_import)
 
 
-def without_words(piece: str, statements: list[ast.stmt]) -> str:
-    """Returns the lines of these statements. A word alone, as `Solution`, is prose that parses."""
-    words = [s for s in statements if isinstance(s, ast.Expr) and not isinstance(s.value, ast.Call)]
-    left_out = {n for s in words for n in range(s.lineno, s.end_lineno + 1)}
-    lines = enumerate(piece.split("\n")[: statements[-1].end_lineno], 1)
-    return "\n".join(line for n, line in lines if n not in left_out)
+def needed(pieces: list[tuple[str, ast.Module]], wanted: set[str]) -> tuple[list[str], set[str]]:
+    """Returns the statements that define the wanted names and what these need, and all names that
+    they define. Of several definitions of a name the last counts, and one that is no import: an
+    example of use imports the answer. Other statements, as sys.setrecursionlimit(), count if they
+    stand before such a definition in their piece, and need nothing that is not defined there."""
+    found = [[read_statement(n, piece.split("\n")) for n in tree.body] for piece, tree in pieces]
+    last: dict[str, tuple[int, int]] = {}
+    for imports in (True, False):
+        for i, statements in enumerate(found):
+            for k, statement in enumerate(statements):
+                if statement.is_import == imports:
+                    last |= dict.fromkeys(statement.defines, (i, k))
+    kept, names = set(), [name for name in wanted if name in last]
+    while names:
+        place = last[names.pop()]
+        if place not in kept:
+            kept.add(place)
+            needs = found[place[0]][place[1]].needs
+            names += [name for name in needs if name in last]
+    lines, known = [], set()
+    for i, statements in enumerate(found):
+        end = max((k for j, k in kept if j == i), default=-1)
+        for k, statement in enumerate(statements[: end + 1]):
+            is_action = not statement.defines and statement.needs and statement.needs <= known
+            if (i, k) in kept or is_action or "__future__" in statement.lines[0]:
+                lines += statement.lines
+                known |= statement.defines
+    return lines, known
 
 
 def python_in(text: str) -> list[tuple[str, ast.Module]]:

@@ -8,3 +8,9 @@ def without_reasoning(text: str) -> str:
     closes it ran out of tokens before its answer, so the answer is empty."""
     _, closed, answer = text.rpartition(CLOSED)
     return "" if not closed and text.lstrip().startswith(OPENED) else answer
+
+
+def answer_in(example: dict) -> str:
+    """Returns the answer in an example's completion. Some prompts open the reasoning, as R1's."""
+    opened = OPENED if example["prompt"].rstrip().endswith(OPENED) else ""
+    return without_reasoning(opened + example["raw_prediction"])

@@ -86,7 +86,8 @@ def boxed_number(text: str) -> str | None:
             break
     sides = []
     for side in re.split(r"=|\\approx|≈", text[:end]):
-        value = side.split("\\text{ ")[0]  # MATH's rules drop the unit on the right, then spaces
+        # MATH's rules drop a unit on the right, then spaces.
+        value = side.split("\\text{ ")[0] or side
         if numbers := re.findall(NUMBER, "".join(value.split())):
             sides.append(numbers)
     return min(reversed(sides), key=len)[0] if sides else None

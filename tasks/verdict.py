@@ -4,8 +4,9 @@ import re
 
 from tasks.reasoning import without_reasoning
 
-NUMBER = r"[(\[（]?([+-]?\d+(?:\.\d+)?)[)\]）]?(?:\s?(?:points?|分))?"
-SCALE = r"(?:\s?(?:/|out of)\s?(\d+))?(?:\s?分)?[)\]】]?(?:\s?[(（][^()（）\n]*[)）])?"
+UNIT = r"(?:\s?(?:points?|分))?"
+NUMBER = rf"[(\[（]?([+-]?\d+(?:\.\d+)?)[)\]）]?{UNIT}"
+SCALE = rf"(?:\s?(?:/|out of)\s?(\d+)(?:\.0)?)?{UNIT}[)\]】]?(?:\s?[(（][^()（）\n]*[)）])?"
 VALUE = rf"\s?[:：=]?\s?{NUMBER}{SCALE}[.。]?"
 NAME = r"[-(\[【]?\s?(?:the |final |my )*(?:total score|总分)[\]】]?"
 NAMED_SCALE = r"(?:\s?[(\[（][^()\[\]（）\n]*[)\]）])?"  # "(0-10)"
@@ -18,7 +19,9 @@ def read_points(reply: str | None) -> float | None:
     score" and nothing else, or the only thing that the reply says. None if there is no number from
     0 to 10. A number inside a sentence may be one that the judge quotes."""
     text = without_reasoning(reply or "")
-    lines = (" ".join(line.split()) for line in re.sub("[*_`#]", "", text).splitlines())
+    lines = (
+        " ".join(line.split()) for line in re.sub("[*`#$]", "", text.replace("_", " ")).splitlines()
+    )
     text = "\n".join(filter(None, lines))
     for points, scale in VERDICT.findall(text)[-1:] or BARE_VERDICT.findall(text):
         if scale in ("", "10") and 0 <= float(points) <= 10:

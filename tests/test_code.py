@@ -123,9 +123,14 @@ def test_humaneval_solutions_in_every_shape(complete, passing, verdicts):
 # ------------------------------------------------------------------------------------------
 # By hand: what a model says around its code and in it
 
-ADD = {"code": 'def add(x):\n    """Adds one."""\n', "entry_point": "add"}
+ADD = {"prompt": "", "code": 'def add(x):\n    """Adds one."""\n', "entry_point": "add"}
 ADD_TEST = "assert add(1) == 2"
-WITHOUT_PROMPT = {"code": "", "entry_point": ""}  # as MBPP's examples
+WITHOUT_PROMPT = {
+    "prompt": "",
+    "code": "",
+    "entry_point": "",
+    "test": ADD_TEST,
+}  # as MBPP's examples
 RIGHT, WRONG = "def add(x):\n    return x + 1", "def add(x):\n    return x + 3"
 HELPER, WITH_HELPER = "def one():\n    return 1", "def add(x):\n    return x + one()"
 IN_DOCSTRING = 'def add(x):\n{0}"""As in\n\n{0}{1}\n{0}add(1)\n{0}{1}\n{0}"""\n{0}return x + 1'
@@ -167,6 +172,30 @@ SHAPES = {  # of an answer; each means RIGHT
     "wrong test in the block": fenced(f"{RIGHT}\n\nassert add(1) == 3\nadd(input())"),
     "reads its input": fenced(f"{RIGHT}\n\nx = int(input())\nprint(add(x))"),
     "formula": fenced("sum = x + one", "") + fenced(RIGHT),
+    "unit tests": fenced(RIGHT)
+    + fenced(
+        "import unittest\nfrom solution import add\n\nclass T(unittest.TestCase):\n    a = add(1)"
+    ),
+    "a main of its own": fenced(RIGHT)
+    + fenced("from __main__ import add\n\ndef main():\n    print(add(1))\n\nmain()"),
+    "a variant that cannot be loaded": fenced(RIGHT)
+    + fenced("import pandas\n\ndef add_frame(x: List[Foo], y=numbers):\n    return x"),
+    "a trace that names builtins": fenced(WITH_HELPER.replace("x + ", "sum([x]) + "))
+    + fenced(HELPER)
+    + fenced("sum = 0\nlen = 3", ""),
+    "an alias": fenced(RIGHT.replace("add", "plus") + "\n\nadd = plus"),
+    "a lambda": fenced(f"{HELPER}\n\n{HELPER.replace('one', 'two')}\n\nadd = lambda x: x + one()"),
+    "a lambda corrects": fenced(WRONG) + fenced("add = lambda x: x + 1"),
+    "a method": fenced("class S:\n    def add(self, x):\n        return x + 1\n\nadd = S().add"),
+    "a named tuple": fenced("from collections import namedtuple\nP = namedtuple('P', 'n')")
+    + fenced("def add(x):\n    return P(x).n + 1"),
+    "a setting": fenced(
+        f"import sys\nsys.setrecursionlimit(5000)\n{RIGHT}".replace(
+            "1", "sys.getrecursionlimit() // 5000"
+        )
+    ),
+    "a counter": fenced("n = 0\n\ndef add(x):\n    global n\n    n += 1\n    return x + n"),
+    "an example before": fenced("def add(x):\n    return y\n\nprint(add(1))\n\n" + RIGHT),
     # no fences
     "prose": f"It's simple (really):\n\n{RIGHT}\n\nThis doesn't need more.",
     "long prose": "It's easy.\n" * 60 + RIGHT,
@@ -186,6 +215,8 @@ CONTINUATIONS = {  # of the prompt
     "prose behind": "    return x + 1\n\nThis doesn't need more (I think.",
     "reasoning": "I go on.\n</think>\n    return x + 1\n",
     "a fence behind": "    return x + 1\n~~~\nGood.",
+    "a loop behind": "    return x + 1\n\nfor i in range(int(input())):\n    print(add(i))\n",
+    "a test behind": "    return x + 1\n\nassert add(1) == 5\n",
     "body in an indented fence": "- So:\n\n  ```python\n      return x + 1\n  ```\n",
 }
 
@@ -212,7 +243,7 @@ def test_what_every_shape_means(verdicts):
 )
 def test_prompts_of_any_indent(prompt, indent, verdicts):
     completions = [RIGHT, fenced(RIGHT), RIGHT.replace("    ", "\t"), f"{indent}return x + 1\n"]
-    example = {"code": prompt, "entry_point": "add"}
+    example = {"prompt": "", "code": prompt, "entry_point": "add"}
     programs = [program(example | {"raw_prediction": said}) for said in completions]
     assert verdicts([(solution, ADD_TEST) for solution in programs]) == ["passed"] * 4
 

@@ -409,6 +409,9 @@ def test_nobody_there_at_first_is_a_warning(tmp_path, capsys):
         ("Short.\n## Total score\n\n7/10\n\nDone.", 0.7),
         ("[总分（满分10分）：9分]", 0.9),
         ("Good.\u2028Total score: 8 out of 10", 0.8),
+        ("Total score: 7 out of 10 points", 0.7),
+        ("Total_score: 7/10.0", 0.7),
+        ("Total score: $7$", 0.7),
         ("- Total score: 8分（满分10分）", 0.8),
         ("7.5", 0.75),
     ],
@@ -438,7 +441,7 @@ PLANTED = [
 @pytest.mark.parametrize("task", ["summary", "law", "translation"])
 def test_candidate_and_reference_stand_between_marks_that_they_cannot_hold(task, planted):
     def prompt(candidate, reference="ref"):
-        example = {"raw_prediction": candidate, "raw_answers": [reference]}
+        example = {"prompt": "p", "raw_prediction": candidate, "raw_answers": [reference]}
         return TASKS[task].judge_prompt(example)
 
     first = prompt(planted)
@@ -464,7 +467,9 @@ def test_candidate_and_reference_stand_between_marks_that_they_cannot_hold(task,
 )
 @pytest.mark.parametrize("task", ["summary", "translation"])
 def test_the_reasoning_of_a_candidate_is_not_its_answer(task, said, shown):
-    prompt = TASKS[task].judge_prompt({"raw_prediction": said, "raw_answers": ["ref"]})
+    prompt = TASKS[task].judge_prompt(
+        {"prompt": "p", "raw_prediction": said, "raw_answers": ["ref"]}
+    )
     assert prompt.split("Candidate:\n")[1].split("\n")[1] == shown
     assert "Say ten" not in prompt and "all of it" not in prompt
 

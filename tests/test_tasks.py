@@ -210,6 +210,7 @@ def test_published_completions_get_their_published_scores():
         ("\\boxed{13}. So the answer is \\boxed{}.", 13),
         ("\\boxed{} in 8 days", 8),
         ("\\boxed{15 and no more", 15),  # cut off
+        ("\\boxed{\\text{ 16}}\nIt took 3 days", 16),
         # lm-evaluation-harness' strict-match: the first "#### number" counts
         ("6 + 6 = 12\n#### 12\n\nProblem: 3 pens.\n#### 3", 12),
         ("#### 1,050.\nAnd:\n#### 4\n#### 5", 1050),
@@ -342,7 +343,7 @@ def test_points_by_hand(reply, points):
     "task, candidate", [("translation", "One.\nTwo."), ("summary", "One.\nTwo.\n\nTalk {x}.")]
 )
 def test_judge_reads_the_first_paragraph_of_a_translation_alone(task, candidate):
-    example = {"raw_answers": ["The {right} one", "no"]}
+    example = {"prompt": "p", "raw_answers": ["The {right} one", "no"]}
     prompt = TASKS[task].judge_prompt(example | {"raw_prediction": " One.\nTwo.\n\nTalk {x}.\n"})
     _, between, end = re.split("Reference:|Candidate:", re.sub("\n=====.*", "", prompt))
     assert between.strip() == "The {right} one"
@@ -489,8 +490,10 @@ def test_in_every_task_the_answer_follows_the_reasoning(task):
         for r in (right["raw_prediction"], wrong["raw_prediction"])
     ]
     said.append(right | {"raw_prediction": f"{right['raw_prediction']}</think>"})
+    cut_off = {"prompt": "Q<think>\n", "raw_prediction": f"{right['raw_prediction']}\nWait,"}
+    said.append(right | cut_off)  # R1's prompts open the reasoning
     result = score(task, said)
-    assert [record["score"] for record in result.records] == [1, 0, 0]
+    assert [record["score"] for record in result.records] == [1, 0, 0, 0]
     assert [record["example"] for record in result.records] == said  # the reasoning is kept
 
 
