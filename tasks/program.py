@@ -17,7 +17,9 @@ OPENING = re.compile(r"(?<!\S)(`{3,}+|~{3,}+)[ \t]*(\w*+)[^`]*+$")  # a fence an
 LANGUAGES = ("", "py", "python", "python3")  # fences of these languages are read
 BEGINNING = re.compile(r"(?:async def|class|def|from|import)\s|@\w|\w+\s*=")  # a statement's
 FUTURE = re.compile(r"^from __future__ import (?:\([^()]*\)|[^\n(]*)\n?", re.MULTILINE)
+IMPORT, DATA, CODE = range(3)  # kinds of definitions; of one name the highest counts
 WITH_BODY = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+ACTIONS = ast.Expr | ast.AugAssign | ast.For | ast.While  # statements that define nothing
 # So many closing fences are tried for a block, and so many pieces of a text are parsed: otherwise
 # some texts would take minutes.
 MOST_FENCES, MOST_PARSES = 10, 50
@@ -100,47 +102,50 @@ class Statement(NamedTuple):
     lines: list[str]
     defines: set[str]
     needs: set[str]  # names that it takes from outside
-    is_import: bool
+    kind: int  # IMPORT, DATA or CODE
 
 
 def read_statement(node: ast.stmt, lines: list[str]) -> Statement:
     """Returns a statement of a piece whose lines are `lines`."""
-    stored, loaded = set(), set()
+    stored, loaded, outer = set(), set(), set()
     for n in ast.walk(node):
         if isinstance(n, ast.Name):
             (loaded if isinstance(n.ctx, ast.Load) else stored).add(n.id)
         elif isinstance(n, ast.arg):
             stored.add(n.arg)
         elif isinstance(n, ast.Global):
-            loaded |= set(n.names)
+            outer |= set(n.names)
         elif isinstance(n, WITH_BODY):
             stored.add(n.name)
         elif isinstance(n, ast.Import | ast.ImportFrom):
             stored |= {alias.asname or alias.name.split(".")[0] for alias in n.names}
-    globals_ = {name for n in ast.walk(node) if isinstance(n, ast.Global) for name in n.names}
-    defines, is_import = stored, isinstance(node, ast.Import | ast.ImportFrom)
+    defines, kind = stored, CODE
     if isinstance(node, WITH_BODY):
         defines = {node.name}
-    elif isinstance(node, ast.AugAssign | ast.Expr) or "__name__" in loaded:
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        kind = IMPORT
+    elif isinstance(node, ACTIONS) or "__name__" in loaded:
         defines = set()
-    elif not is_import:
+    else:
         defines = stored - vars(builtins).keys()  # sum = 0 is an example's
+        if not loaded and not any(isinstance(n, ast.Lambda) for n in ast.walk(node)):
+            kind = DATA
     first = min(n.lineno for n in (node, *getattr(node, "decorator_list", [])))
-    needs = loaded - (stored - globals_) - vars(builtins).keys()
-    return Statement(lines[first - 1 : node.end_lineno], defines, needs, is_import)
+    needs = (loaded - stored | outer) - vars(builtins).keys()
+    return Statement(lines[first - 1 : node.end_lineno], defines, needs, kind)
 
 
 def needed(pieces: list[tuple[str, ast.Module]], wanted: set[str]) -> tuple[list[str], set[str]]:
     """Returns the statements that define the wanted names and what these need, and all names that
-    they define. Of several definitions of a name the last counts, and one that is no import: an
-    example of use imports the answer. Other statements, as sys.setrecursionlimit(), count if they
-    stand before such a definition in their piece, and need nothing that is not defined there."""
+    they define. Of several definitions of a name the last one of the highest kind counts: an
+    example of use imports the answer, or shows a value of its name. Imports and other statements, as sys.setrecursionlimit(),
+    count if they stand before such a definition in their piece, and need nothing else."""
     found = [[read_statement(n, piece.split("\n")) for n in tree.body] for piece, tree in pieces]
     last: dict[str, tuple[int, int]] = {}
-    for imports in (True, False):
+    for kind in (IMPORT, DATA, CODE):
         for i, statements in enumerate(found):
             for k, statement in enumerate(statements):
-                if statement.is_import == imports:
+                if statement.kind == kind:
                     last |= dict.fromkeys(statement.defines, (i, k))
     kept, names = set(), [name for name in wanted if name in last]
     while names:
@@ -154,7 +159,8 @@ def needed(pieces: list[tuple[str, ast.Module]], wanted: set[str]) -> tuple[list
         end = max((k for j, k in kept if j == i), default=-1)
         for k, statement in enumerate(statements[: end + 1]):
             is_action = not statement.defines and statement.needs and statement.needs <= known
-            if (i, k) in kept or is_action or "__future__" in statement.lines[0]:
+            kinds = {found[j][m].kind for j, m in map(last.get, statement.defines)}
+            if (i, k) in kept or is_action or kinds == {IMPORT}:
                 lines += statement.lines
                 known |= statement.defines
     return lines, known

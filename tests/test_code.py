@@ -194,6 +194,15 @@ SHAPES = {  # of an answer; each means RIGHT
             "1", "sys.getrecursionlimit() // 5000"
         )
     ),
+    "a deep recursion": fenced(
+        "import sys\nsys.setrecursionlimit(5000)\ndef add(x, n=3000):\n"
+        "    return add(x, n - 1) if n else x + 1"
+    ),
+    "everything of a module": fenced("from math import *\ndef add(x):\n    return x + floor(1.5)"),
+    "a table": fenced(
+        "T = {}\nfor i in range(9):\n    T[i] = i + 1\n\ndef add(x):\n    return T[x]"
+    ),
+    "a value of its name": fenced(RIGHT) + fenced("add = 2", "") + "\nadd = [1, 2]\n",
     "a counter": fenced("n = 0\n\ndef add(x):\n    global n\n    n += 1\n    return x + n"),
     "an example before": fenced("def add(x):\n    return y\n\nprint(add(1))\n\n" + RIGHT),
     # no fences
