@@ -12,6 +12,7 @@ own token (the loss shifts them by one). It is IGNORE where nothing is learned.
 import argparse
 import math
 import random
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chat import CHAT_FORMATS, OWN, Piece, Tokenizer, chat_pieces, load_tokenizer, read_pieces
+from chat import FORMATS, OWN, Piece, Tokenizer, load_tokenizer, read_pieces, row_pieces
 from checkpoint import local_directory
 from config import Keys, add_keys, key, read_keys
 
@@ -32,20 +33,21 @@ Sample = tuple[list[int], list[int]]
 
 
 def encode_chat(messages: list[dict], tokenizer: Tokenizer) -> Sample:
-    """Returns (input_ids, labels) of a conversation; see `chat_pieces` for its form and errors."""
-    return encode_pieces([chat_pieces(messages, tokenizer, "conversation")], tokenizer)[0]
+    """Returns (input_ids, labels) of a conversation. Raises ValueError that names the message."""
+    pieces = row_pieces({"messages": messages}, tokenizer, "conversation")
+    return encode_pieces([pieces], tokenizer)[0]
 
 
 def encode_file(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
     """Returns all rows of a data file as samples. Checks every row before it encodes the first.
     Raises OSError, and ValueError that names file, line and field."""
     samples = encode_pieces(read_pieces(path, tokenizer), tokenizer)
-    if not any(is_learned(sample) for sample in samples):
+    if not any(has_answer(sample) for sample in samples):
         raise ValueError(f"{path}: holds no answer to learn from; every one is masked")
     return samples
 
 
-def is_learned(sample: Sample) -> bool:
+def has_answer(sample: Sample) -> bool:
     """Returns whether a sample has a label that counts, the first one apart."""
     return any(label != IGNORE for label in sample[1][1:])
 
@@ -62,7 +64,7 @@ def encode_pieces(rows: list[list[Piece]], tokenizer: Tokenizer) -> list[Sample]
             ids = next(all_ids)
             input_ids += ids
             labels += ids if piece.is_learned else [IGNORE] * len(ids)
-        if is_learned((input_ids, labels)) and input_ids[0] == tokenizer.bos_id:
+        if has_answer((input_ids, labels)) and input_ids[0] == tokenizer.bos_id:
             labels[0] = tokenizer.bos_id
         samples.append((input_ids, labels))
     return samples
@@ -189,9 +191,10 @@ def sample_tokens(
 
 
 def shown(sample: Sample, tokenizer: Tokenizer) -> str:
-    """Returns a sample's text, special tokens included, with what is learned between « and »."""
-    parts = []
-    for learned, pairs in groupby(zip(*sample), key=lambda pair: pair[1] != IGNORE):
+    """Returns a sample's text, special tokens included, with what is learned between « and ». The
+    first token is not marked: it is learned only where another sample stands before it in a row."""
+    ids, labels, parts = sample[0], [IGNORE, *sample[1][1:]], []
+    for learned, pairs in groupby(zip(ids, labels), key=lambda pair: pair[1] != IGNORE):
         text = tokenizer.inner.decode([token for token, _ in pairs], skip_special_tokens=False)
         parts.append(f"«{text}»" if learned else text)
     return "".join(parts)
@@ -209,7 +212,7 @@ def first_sample(samples: list[Sample], tokenizer: Tokenizer) -> str:
 class ShowConfig(Keys):
     model: str = key("", "checkpoint whose tokenizer and chat format count: directory or hub name")
     data: str = key("", "a training file, as for train.py")
-    chat_format: str = key("", "as for train.py", choices=[OWN, *CHAT_FORMATS])
+    chat_format: str = key("", "as for train.py", choices=FORMATS)
     show: int = key(3, "samples to print", at_least=1)
 
 
@@ -244,7 +247,9 @@ def main() -> None:
         f"samples: {len(samples):,}, with nothing to learn: {sum(n == 0 for n in learned):,}; "
         f"tokens: {sum(lengths):,}, learned: {sum(learned):,}, in the longest: {max(lengths):,}"
     )
-    print(f"next: python train.py --model {config.model} --data {config.data} --output_dir DIR")
+    given = ["--model", config.model, "--data", config.data]
+    given += ["--chat_format", config.chat_format] if config.chat_format else []
+    print(f"next: python train.py {shlex.join(given)} --output_dir DIR")
 
 
 if __name__ == "__main__":

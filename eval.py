@@ -29,7 +29,7 @@ from statistics import fmean
 import torch
 
 from adapter import load_adapter, read_adapter
-from chat import CHAT_FORMATS, OWN, load_tokenizer, read_rows
+from chat import FORMATS, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
 from config import Keys, add_keys, key, read_keys, refusal
 from files import check_output_file, locked, read_json, write_json, write_lines
@@ -59,7 +59,7 @@ class EvalConfig(Keys):
     chat_format: str = key(
         "",
         "of questions; empty: the checkpoint's own, or its family's",
-        choices=(OWN, *CHAT_FORMATS),
+        choices=FORMATS,
     )
     plain: bool = key(False, "questions without the chat format, for models not trained to chat")
     model_config: list[str] = key((), "FIELD=VALUE ...: changes to config.json; VALUE is JSON")

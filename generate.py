@@ -127,7 +127,6 @@ class Decoder:
         self.cache.seen.zero_()
         self.done.fill_(True)
         self.done[: len(prompts)] = False
-        self.finite.fill_(True)
         hidden = self.weight.new_zeros(len(self.done), self.weight.shape[1])  # (B, D)
         rows = max(PREFILL_TOKENS // max(map(len, prompts)), 1)
         for start in range(0, len(prompts), rows):

@@ -178,8 +178,9 @@ def attempt(function, *args, **options) -> tuple:
     """Returns a function's value and None, or None and its error as a kind that can be sent."""
     try:
         return function(*args, **options), None
-    except (ValueError, OSError) as error:
-        return None, OSError(str(error)) if isinstance(error, OSError) else ValueError(str(error))
+    except (ValueError, OSError, FloatingPointError) as error:
+        kind = next(k for k in (OSError, FloatingPointError, ValueError) if isinstance(error, k))
+        return None, kind(str(error))
     except Exception as error:
         if not isinstance(error, torch.OutOfMemoryError):  # an error in the code: show where
             traceback.print_exc()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chat import CHAT_FORMATS, OWN, load_tokenizer
+from chat import FORMATS, load_tokenizer
 from checkpoint import choose_dtype, load_model, local_directory, read_config
 from config import Keys, add_keys, key, read_keys
 from data import by_length, encode_file, first_sample, pad, sample_tokens
@@ -158,7 +158,6 @@ SELECTIONS = {"highest": highest, "lowest": lowest, "random": drawn}
 PAPER = ", ".join(f"{score.default_top_p} for {name}" for name, score in SCORES.items())
 AVERAGES = ("tokens", "samples")
 DTYPES = ("bfloat16", "float32")
-FORMATS = (OWN, *CHAT_FORMATS)
 
 
 @dataclass

@@ -116,6 +116,7 @@ def score_experts(
     else they are computed and written to it."""
 
     def collect() -> Scores:
+        print(f"scores the experts on at most {config.scored_tokens:,} tokens of the data")
         sizes = config.scored_tokens, config.seq_length, config.seed
         sequences = sample_tokens(inputs.samples, *sizes)
         batches = scoring_batches(sequences, inputs.tokenizer.pad_id)

@@ -9,7 +9,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from chat.template import Piece
+from chat.template import Chat, Message, Piece
 from chat.tokenizer import Tokenizer
 from files import parse_json
 
@@ -17,7 +17,8 @@ from files import parse_json
 METADATA = """
 id idx index uid uuid key prompt_id conversation_id message_id source data_source dataset subset
 split category topic tag tags task task_type skill type subject difficulty lang language license url
-model generator created created_at timestamp date length num_tokens num_turns metadata meta
+model generator created created_at timestamp date length num_tokens num_turns title quality rating
+score metadata meta
 """
 LAYOUTS = {  # the field that names a layout -> the fields of such a row
     "messages": ("messages", "system"),
@@ -54,7 +55,10 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
         rows = [(f"{path}: row {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
     else:
         lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1)]
-        rows = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+        try:
+            rows = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"{error}; one JSON object a line is required, or one array") from None
     if not rows:
         raise ValueError(f"{path}: the file is empty; at least one row is required")
     for where, row in rows:
@@ -81,8 +85,8 @@ def check_known(values: dict, known: tuple[str, ...], where: str) -> None:
             continue
         close = difflib.get_close_matches(name, known, 1)
         meant = f" (did you mean {close[0]}?)" if close else ""
-        found = f"field {name} is {value!r:.60}; unknown{meant}"
-        raise ValueError(f"{where}: {found}; known are {', '.join(known)}, and metadata such as id")
+        found = f"field {name} is {value!r:.60}; it is not read{meant}, so it must be removed"
+        raise ValueError(f"{where}: {found}; read are {', '.join(known)}, and metadata such as id")
 
 
 def read_pieces(path: str | Path, tokenizer: Tokenizer) -> list[list[Piece]]:
@@ -94,69 +98,83 @@ def read_pieces(path: str | Path, tokenizer: Tokenizer) -> list[list[Piece]]:
 def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[Piece]:
     """Returns the pieces of a row in one of LAYOUTS: of a conversation, in the checkpoint's chat
     format; of a prompt and its completion, as they are."""
-    said = [name for name in LAYOUTS if name in row]
+    chat, said = tokenizer.chat, [name for name in LAYOUTS if name in row]
     layout = next((name for name in said if row[name] not in NOTHING), said[0] if said else None)
     if layout is None:
-        raise ValueError(f"{where}: field messages is missing (or another of {', '.join(LAYOUTS)})")
+        needed = f"field messages is missing (or another of {', '.join(LAYOUTS)})"
+        raise ValueError(f"{where}: {needed}; the row has {', '.join(map(str, row)) or 'none'}")
     if layout == "prompt" and "raw_answers" in row:
         raise ValueError(f"{where}: field completion is missing: looks like an evaluation file")
     check_known(row, LAYOUTS[layout], where)
     if layout == "prompt":
-        prompt, completion = text_field(row, "prompt", where), text_field(row, "completion", where)
-        if not completion.strip():
-            raise ValueError(f"{where}: field completion is empty; an answer is required")
-        return [Piece(tokenizer.chat.begun(prompt)), Piece(tokenizer.chat.ended(completion), True)]
-    messages = row[layout]
+        prompt = chat.with_begin(text_field(row, "prompt", where))
+        return [Piece(prompt), Piece(answer_field(row, "completion", where, chat) + chat.end, True)]
+    messages = conversation(row, layout, where, chat)
+    try:
+        return chat.pieces(messages)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def conversation(row: dict, layout: str, where: str, chat: Chat) -> list[Message]:
+    """Returns the messages of a row. A system message may come first; then come questions and
+    answers in any order, an answer last. Raises ValueError that names row and field."""
     if layout == "instruction":
         names = ["instruction", *(["input"] if row.get("input") else [])]
         asked = "\n".join(text_field(row, name, where) for name in names)
-        answer = {"role": "assistant", "content": text_field(row, "output", where)}
-        messages = [{"role": "user", "content": asked}, answer]
-    if row.get("system") and isinstance(messages, list):
-        messages = [{"role": "system", "content": text_field(row, "system", where)}, *messages]
-    return chat_pieces(messages, tokenizer, where)
-
-
-def chat_pieces(messages: list[dict], tokenizer: Tokenizer, where: str) -> list[Piece]:
-    """Returns the pieces of a conversation. A system message may come first; then come questions
-    and answers in any order, an answer last. Raises ValueError that names row and field."""
-    if not isinstance(messages, list) or not messages:
-        found = f"field messages is {messages!r:.60}"
-        raise ValueError(f"{where}: {found}; a list of messages is required")
-    read, learned = [], []
-    for i, message in enumerate(messages):
-        here = f"{where}: messages[{i}]"
-        if not isinstance(message, dict):
-            found = f"{here} is {message!r:.60}"
-            raise ValueError(f"{found}; an object with role and content is required")
-        read.append(read_message(message, here))
-        learned.append(is_learned(message, read[-1]["role"], here))
-        if i > 0 and read[-1]["role"] == "system":
-            raise ValueError(f"{here}: field role is 'system'; only the first message may be")
-    if read[-1]["role"] != "assistant":
-        end = f"messages end with role {read[-1]['role']}"
+        answer = answer_field(row, "output", where, chat)
+        messages = [Message("instruction", "user", chat.without_begin(asked))]
+        messages += [Message("output", "assistant", answer, is_learned=True)]
+    else:
+        if not isinstance(row[layout], list) or not row[layout]:
+            found = f"field {layout} is {row[layout]!r:.60}"
+            raise ValueError(f"{where}: {found}; a list of messages is required")
+        numbered = enumerate(row[layout])
+        messages = [read_message(m, f"{layout}[{i}]", where, chat) for i, m in numbered]
+    if row.get("system"):
+        messages.insert(0, Message("system", "system", text_field(row, "system", where)))
+    for message in messages[1:]:
+        if message.role == "system":
+            said = "field role is 'system'; only the first message may be"
+            raise ValueError(f"{where}: {message.name}: {said}")
+    if messages[-1].role != "assistant":
+        end = f"{layout} end with role {messages[-1].role}"
         raise ValueError(f"{where}: {end}; the answer, role assistant, is missing")
-    return tokenizer.chat.pieces(read, learned, where)
+    return messages
 
 
-def read_message(message: dict, here: str) -> dict:
-    """Returns a message's role, content and perhaps reasoning_content, as a template reads them."""
-    names = ("from", "value") if "from" in message else ("role", "content")
-    check_known(message, (*names, "reasoning_content", *SAYS_LEARNED), here)
-    role = message.get(names[0])
+def answer_field(values: dict, name: str, where: str, chat: Chat) -> str:
+    """Returns the text of an answer, without ends of sequence."""
+    answer = chat.without_ends(text_field(values, name, where))
+    if not answer.strip():
+        raise ValueError(f"{where}: field {name} is empty; an answer is required")
+    return answer
+
+
+def read_message(message: dict, name: str, where: str, chat: Chat) -> Message:
+    """Returns a message of the list in a row. `name` is its place there."""
+    here = f"{where}: {name}"
+    if not isinstance(message, dict):
+        raise ValueError(f"{here} is {message!r:.60}; an object with role and content is required")
+    fields = ("from", "value") if "from" in message else ("role", "content")
+    check_known(message, (*fields, "reasoning_content", *SAYS_LEARNED), here)
+    role = message.get(fields[0])
     if not isinstance(role, str) or role not in ROLES:
-        found = f"field {names[0]} is {role!r:.60}"
+        found = f"field {fields[0]} is {role!r:.60}"
         raise ValueError(f"{here}: {found}; must be system, user or assistant")
-    content = text_field(message, names[1], here)
-    if ROLES[role] == "assistant" and not content.strip():
-        raise ValueError(f"{here}: field {names[1]} is empty; an answer is required")
-    read = {"role": ROLES[role], "content": content}
-    if message.get("reasoning_content"):
-        read["reasoning_content"] = text_field(message, "reasoning_content", here)
-    return read
+    role, reasoning = ROLES[role], message.get("reasoning_content") or ""
+    if role == "assistant":
+        content = answer_field(message, fields[1], here, chat)
+    else:
+        content = chat.without_begin(text_field(message, fields[1], here))
+    if reasoning:
+        text_field(message, "reasoning_content", here)
+        if role != "assistant":
+            raise ValueError(f"{here}: field reasoning_content is {reasoning!r:.60}; for answers")
+    return Message(name, role, content, reasoning, says_learned(message, role, here))
 
 
-def is_learned(message: dict, role: str, here: str) -> bool:
+def says_learned(message: dict, role: str, here: str) -> bool:
     """Returns whether a message is learned: an answer, unless one of SAYS_LEARNED says no."""
     learned = role == "assistant"
     for name, meanings in SAYS_LEARNED.items():

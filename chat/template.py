@@ -35,6 +35,8 @@ CHAT_FORMATS = {  # name -> template, for checkpoints without one; the paper's i
     ),
 }
 OWN = "template"  # the checkpoint's own
+FORMATS = (OWN, *CHAT_FORMATS)
+QUESTION, ANSWER = "Xq7question", "Xq8answer"  # words that no template has
 
 
 class Piece(NamedTuple):
@@ -42,6 +44,21 @@ class Piece(NamedTuple):
 
     text: str
     is_learned: bool = False
+
+
+class Message(NamedTuple):
+    """A message of a conversation."""
+
+    name: str  # its place in the row, for errors: messages[1]
+    role: str  # system, user or assistant
+    content: str
+    reasoning_content: str = ""
+    is_learned: bool = False
+
+    def fields(self) -> dict[str, str]:
+        """Returns the message as templates read it."""
+        reasoning = {"reasoning_content": self.reasoning_content} if self.reasoning_content else {}
+        return {"role": self.role, "content": self.content} | reasoning
 
 
 class Generation(Extension):
@@ -79,8 +96,9 @@ ENVIRONMENT.globals |= {"raise_exception": raise_exception, "strftime_now": strf
 
 
 def first_of(tokens: list[str], text: str) -> str:
-    """Returns the token that stands first in the text; "" if none is there."""
-    return min((t for t in tokens if t in text), key=text.index, default="")
+    """Returns the text up to and with the first of these tokens in it; "" if none is there."""
+    ends = [text.index(token) + len(token) for token in tokens if token in text]
+    return text[: min(ends, default=0)]
 
 
 class Chat:
@@ -88,10 +106,9 @@ class Chat:
 
     name      template, or a key of CHAT_FORMATS
     text      the template
-    source    where it is from: a file, or the name
+    source    where it is from: a file, or what chose it
     bos       the text that begins a sequence; "" if the format begins without
     end       the token that ends an answer
-    lead      what stands between a prompt and the answer's content: deepseek_v2 has a space
     """
 
     def __init__(
@@ -100,33 +117,35 @@ class Chat:
         """`tokens` are what the template may name, bos_token and eos_token among them; `special`
         the texts of all special tokens. Raises ValueError that names `source`."""
         self.name, self.text, self.source, self.tokens = name, template, source, tokens
+        self.special = special
         try:
             self.template = ENVIRONMENT.from_string(template)
         except Exception as error:  # TemplateError, or what Python makes of the template's code
-            raise ValueError(f"{source}: the chat template is wrong: {error}") from None
+            line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+            raise ValueError(f"{source}: the chat template is wrong: {line}{error}") from None
         self.lacking = ""
         if name == "deepseek_v3":
             self.lacking = next((mark for mark in (USER, ASSISTANT) if mark not in special), "")
-        question = {"role": "user", "content": "question"}
-        talk = [question, {"role": "assistant", "content": "answer"}]
-        prompt, turn = self.render([question], True), self.render(talk)
-        before, found, self.tail = turn.rpartition("answer")
-        longer = self.render([*talk, question])
-        if not found or not longer.startswith(before + found):
-            raise ValueError(f"{source}: the chat template does not show an answer where it stands")
-        following = longer[len(before + found) :].rpartition("question")[0]
-        self.end = first_of(special, following) or tokens["eos_token"]
-        self.ending = following.partition(self.end)[0] + self.end
-        self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        question, answer = Message("", "user", QUESTION), Message("", "assistant", ANSWER)
+        turn, longer = self.render([question, answer]), self.render([question, answer, question])
+        if ANSWER not in turn or QUESTION not in longer.partition(ANSWER)[2]:
+            said = "the chat template does not show an answer and the next question"
+            raise ValueError(f"{source}: {said}; chat_format chooses another format")
+        self.tail = turn.partition(ANSWER)[2]  # what follows an answer's content: at the end,
+        between = longer.partition(ANSWER)[2].rpartition(QUESTION)[0]  # and before a question
+        self.ending = first_of(special, between)
+        self.end = self.ending.lstrip() or tokens["eos_token"]
         bos = tokens.get("bos_token", "")
         self.bos = bos if turn.startswith(bos) else ""
 
-    def render(self, messages: list[dict], generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], generation_prompt: bool = False) -> str:
         """Returns the text of a conversation, begin and end of sequence included. With
         `generation_prompt`, what asks for the next answer follows. Raises ValueError."""
-        given = {"messages": messages, "tools": None, "documents": None, **self.tokens}
+        given = {"messages": [m.fields() for m in messages], "tools": None, "documents": None}
         try:
-            return self.template.render(add_generation_prompt=generation_prompt, **given)
+            return self.template.render(
+                add_generation_prompt=generation_prompt, **given, **self.tokens
+            )
         except Exception as error:  # a template is a program: it may divide by zero
             said = f"{type(error).__name__}: {error}"
             raise ValueError(f"the chat template ({self.source}) refuses it: {said}") from None
@@ -135,21 +154,29 @@ class Chat:
         """Returns the text that asks for an answer to a question, without a begin of sequence.
         Raises ValueError."""
         self.check_tokens("questions")
-        asked = self.render([{"role": "user", "content": question}], generation_prompt=True)
+        asked = self.render([Message("question", "user", question)], generation_prompt=True)
         return asked.removeprefix(self.bos)
 
-    def begun(self, text: str) -> str:
+    def answer(self, content: str) -> str:
+        """Returns what follows a prompt: the answer and its end, as in training."""
+        answer = Message("answer", "assistant", self.without_ends(content), is_learned=True)
+        pieces = self.pieces([Message("question", "user", QUESTION), answer])
+        return next(piece.text for piece in pieces if piece.is_learned)
+
+    def with_begin(self, text: str) -> str:
         """Returns a text that begins as this format begins, once."""
         return text if text.lstrip().startswith(self.bos) else self.bos + text
 
-    def answer(self, content: str) -> str:
-        """Returns what follows a prompt: the answer and its end."""
-        return self.lead + self.ended(content)
+    def without_begin(self, content: str) -> str:
+        """Returns a message's content without a begin of sequence, which the template writes."""
+        bos, bare = self.tokens.get("bos_token"), content.lstrip()
+        return bare.removeprefix(bos) if bos and bare.startswith(bos) else content
 
-    def ended(self, text: str) -> str:
-        """Returns an answer that ends as this format ends it, once."""
-        ends = (self.end, self.tokens["eos_token"])
-        return text if text.rstrip().endswith(ends) else text + self.end
+    def without_ends(self, content: str) -> str:
+        """Returns an answer without ends of sequence, one of which follows anyway."""
+        while (bare := content.rstrip()).endswith((self.end, self.tokens["eos_token"])):
+            content = bare.removesuffix(self.end).removesuffix(self.tokens["eos_token"])
+        return content
 
     def check_tokens(self, what: str) -> None:
         if self.lacking:
@@ -158,47 +185,45 @@ class Chat:
                 "tokenizer lacks; set another chat_format, or give text that carries its own"
             )
 
-    def pieces(self, messages: list[dict], learned: list[bool], where: str) -> list[Piece]:
+    def pieces(self, messages: list[Message]) -> list[Piece]:
         """Returns a conversation as alternating text and answers. An answer is what the model has
-        to write, its end included; `learned` says of each message whether it is learned.
+        to write, its end included.
 
         Answers are found by rendering the conversation up to each of them, so the text must begin
-        in the same way however long the conversation is. Raises ValueError that names the row."""
-        self.check_tokens(f"{where}: messages")
-        messages = [self.bare(message) for message in messages]
-        try:
-            whole, pieces, done = self.render(messages), [], 0
-            check_kept(messages, whole)
-            for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-                until = self.render(messages[: i + 1])
-                if not whole.startswith(until):
-                    said = "is rendered in another way where the conversation goes on"
-                    raise ValueError(f"messages[{i}]: this answer {said}, so it cannot be learned")
-                start, content_end = self.answer_start(messages[: i + 1], until), len(until)
-                if until.endswith(self.tail):
-                    content_end -= len(self.tail)
-                if not done <= start <= content_end:
-                    raise ValueError(f"messages[{i}]: no text of its own is rendered for it")
-                text, stop = whole[start:content_end], content_end
-                if whole.startswith(self.ending, content_end):
-                    text, stop = text + self.ending, content_end + len(self.ending)
-                elif i + 1 == len(messages):  # GLM's ends with the header of the next message
-                    text, stop = whole[start:] + self.end, len(whole)
-                pieces += [Piece(whole[done:start]), Piece(text, learned[i])]
-                done = stop
-            return [*pieces, Piece(whole[done:])] if whole[done:] else pieces
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        in the same way however long the conversation is. Raises ValueError that names the
+        message."""
+        self.check_tokens("messages")
+        if not self.ending:
+            said = f"has {self.tail!r:.40} behind an answer, which is no special token"
+            needed = "one must end it, in the template and in tokenizer.json; or set chat_format"
+            raise ValueError(f"the chat template ({self.source}) {said}; {needed}")
+        whole, pieces, done = self.render(messages), [], 0
+        self.check_kept(messages, whole)
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            until = self.render(messages[: i + 1])
+            if not whole.startswith(until):
+                said = "the chat template renders this answer in another way where more follows"
+                raise ValueError(f"{message.name}: {said}, so it cannot be learned")
+            start = self.answer_start(messages[: i + 1], until)
+            stop = len(until) - (len(self.tail) if until.endswith(self.tail) else 0)
+            rest = whole[stop:]
+            if rest.startswith(self.ending):
+                ending = self.ending
+            elif i + 1 == len(messages):  # GLM's last answer has no end: the next header ends one
+                ending = first_of(self.special, rest) or rest + self.end
+            else:
+                start = len(whole)
+            if not done <= start <= stop:
+                said = "the chat template does not show this answer, or its end, as it does others"
+                raise ValueError(f"{message.name}: {said}")
+            text = whole[start:stop] + ending
+            pieces += [Piece(whole[done:start]), Piece(text, message.is_learned)]
+            done = stop + len(ending)
+        return [*pieces, Piece(whole[done:])] if whole[done:] else pieces
 
-    def bare(self, message: dict) -> dict:
-        """Returns a message without a begin or end of sequence, which the template writes."""
-        content = message["content"].removeprefix(self.tokens.get("bos_token", ""))
-        if message["role"] == "assistant":
-            while (shorter := content.rstrip()).endswith((self.end, self.tokens["eos_token"])):
-                content = shorter.removesuffix(self.end).removesuffix(self.tokens["eos_token"])
-        return message | {"content": content}
-
-    def answer_start(self, messages: list[dict], until: str) -> int:
+    def answer_start(self, messages: list[Message], until: str) -> int:
         """Returns where the last message's answer begins in `until`, its rendering: behind what
         asks for it. Some formats ask in other words than they record (R1 asks with <think>): there
         it is where the texts of two other answers begin to differ."""
@@ -206,22 +231,30 @@ class Chat:
             prompt = self.render(messages[:-1], generation_prompt=True)
             if until.startswith(prompt):
                 return len(prompt)
-        fields = [name for name in ("content", "reasoning_content") if messages[-1].get(name)]
-        others = [messages[-1] | dict.fromkeys(fields, letter) for letter in "01"]
-        common = os.path.commonprefix([self.render([*messages[:-1], m]) for m in others])
+        *before, last = messages
+        reasoning = bool(last.reasoning_content)
+        others = [
+            last._replace(content=letter, reasoning_content=letter * reasoning) for letter in "01"
+        ]
+        common = os.path.commonprefix([self.render([*before, other]) for other in others])
         if not until.startswith(common):
-            raise ValueError(f"messages[{len(messages) - 1}]: its header depends on its content")
+            said = "what the chat template writes before this answer depends on the answer"
+            raise ValueError(f"{last.name}: {said}")
         return len(common)
 
-
-def check_kept(messages: list[dict], whole: str) -> None:
-    """Raises ValueError for a text that the template leaves out or changes, white space apart."""
-    rest = "".join(whole.split())
-    for i, message in enumerate(messages):
-        for name in ("reasoning_content", "content"):
-            text = "".join((message.get(name) or "").split())
-            _, found, after = rest.partition(text) if text else ("", True, rest)
-            if not found:
-                said = f"messages[{i}]: field {name} is {message[name]!r:.60}"
-                raise ValueError(f"{said}; the chat format leaves it out, or a part of it")
-            rest = after
+    def check_kept(self, messages: list[Message], whole: str) -> None:
+        """Raises ValueError for a text that the template leaves out or changes, white space apart.
+        Words in its place show whether it is rendered at all."""
+        marked = [
+            m._replace(content=f"Xq{i}c", reasoning_content=f"Xq{i}r" * bool(m.reasoning_content))
+            for i, m in enumerate(messages)
+        ]
+        shown, rest = self.render(marked), "".join(whole.split())
+        for message, mark in zip(messages, marked):
+            for name in ("reasoning_content", "content"):
+                text = "".join(getattr(message, name).split())
+                _, found, after = rest.partition(text) if text else ("", True, rest)
+                if not found or getattr(mark, name) not in shown:
+                    said = f"{message.name}: field {name} is {getattr(message, name)!r:.60}"
+                    raise ValueError(f"{said}; the chat format leaves it out, or a part of it")
+                rest = after

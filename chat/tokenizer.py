@@ -31,7 +31,7 @@ class Tokenizer:
 
     def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
         """Returns the ids of each prompt, with the begin of sequence."""
-        return self.encode_all([self.chat.begun(prompt) for prompt in prompts])
+        return self.encode_all([self.chat.with_begin(prompt) for prompt in prompts])
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=True)

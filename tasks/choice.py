@@ -94,6 +94,8 @@ def choice_likelihoods(
     for example in examples:
         texts = [join_choice(example["prompt"], choice) for choice in example["choices"]]
         prompt, *choices = tokenizer.encode_prompts([example["prompt"], *texts])
+        if not prompt:
+            raise ValueError("a prompt is empty, and nothing begins a sequence in this chat format")
         # The first letters of a choice may merge with the last of the prompt: that token counts.
         columns = enumerate(zip_longest(prompt, *choices))
         known = next((n for n, tokens in columns if len(set(tokens)) > 1), len(prompt))

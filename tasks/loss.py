@@ -7,7 +7,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from data import encode_file
+from data import encode_file, has_answer
 from generate import Rows, likelihoods
 from model import Transformer
 from tasks.common import Ask, Predictions, Result, Task, typed_field
@@ -17,11 +17,12 @@ NUMBERS = ("loss", "accuracy", "tokens")
 
 def read_chat(path: str | Path, ask: Ask) -> list[dict]:
     """Reads any training file: what is learned there is what is scored here."""
-    decode, examples = ask.tokenizer.decode, []
-    for i, (ids, labels) in enumerate(encode_file(path, ask.tokenizer), 1):
+    decode, examples, samples = ask.tokenizer.decode, [], encode_file(path, ask.tokenizer)
+    answered = [sample for sample in samples if has_answer(sample)]
+    if masked := len(samples) - len(answered):
+        print(f"{path}: {masked:,} of {len(samples):,} rows have no answer to score; left out")
+    for ids, labels in answered:
         learned = [n for n in range(1, len(ids)) if labels[n] >= 0]
-        if not learned:
-            raise ValueError(f"{path}: row {i} has no answer to score; every one is masked")
         prompt = decode([token for token, label in zip(ids, labels) if label < 0])
         answers = [decode([ids[n] for n in learned])]
         examples.append({"prompt": prompt, "raw_answers": answers, "ids": ids, "learned": learned})

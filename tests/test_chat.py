@@ -10,8 +10,9 @@ from conftest import ROOT, save_tokenizer, save_with_transformers
 from test_data import deepseek_tokenizer
 
 from chat import CHAT_FORMATS, load_tokenizer
+from chat.template import Message
 from checkpoint import load_model
-from data import IGNORE, encode_chat, shown
+from data import IGNORE, encode_chat, encode_file, shown
 from generate import generate
 
 TEMPLATES = {path.stem: path for path in sorted((ROOT / "tests/templates").glob("*.jinja"))}
@@ -194,18 +195,18 @@ def test_what_templates_call(tmp_path):
         # earlier answers are shortened: the text so far is no prefix of the longer one
         (
             "{% for m in messages %}{{ m.role[0] + m.content if loop.last or m.role == 'user' else "
-            "m.role[0] + m.content.split('#')[0] }}|{% endfor %}",
+            "m.role[0] + m.content.split('#')[0] }}{{ eos_token }}{% endfor %}",
             ("a", "b#c", "d", "e"),
             "field content is 'b#c'; the chat format leaves it out",
         ),
         (
-            "{% for m in messages %}{{ m.role[0] + m.content }}{{ '!' if loop.last }}|{% endfor %}",
+            "{% for m in messages %}{{ m.role[0] + m.content }}{{ '!' if loop.last }}{{ eos_token }}{% endfor %}",
             ("a", "b", "c", "d"),
-            r"messages\[1\]: this answer is rendered in another way",
+            r"messages\[1\]: the chat template renders this answer in another way",
         ),
         # a system message that the format has no place for
         (
-            "{% for m in messages if m.role != 'system' %}{{ m.role[0] + m.content }}|{% endfor %}",
+            "{% for m in messages if m.role != 'system' %}{{ m.role[0] + m.content + eos_token }}{% endfor %}",
             ("Be brief.", "a", "b"),
             r"messages\[0\]: field content is 'Be brief.'; the chat format leaves it out",
         ),
@@ -242,7 +243,7 @@ def test_reasoning_is_learned_where_the_template_shows_it_and_refused_elsewhere(
     [
         ({"chat_template": "{% for m in"}, "tokenizer_config.json: the chat template is wrong"),
         ({"chat_template": "{{ 1 / 0 }}"}, "refuses it: ZeroDivisionError"),
-        ({"chat_template": "no messages"}, "does not show an answer where it stands"),
+        ({"chat_template": "no messages"}, "does not show an answer and the next question"),
         ({"chat_template": 3}, "chat_template must be a string"),
         (
             {"chat_template": [{"name": "rag", "template": "x"}]},
@@ -340,7 +341,7 @@ def test_mutated_templates_and_settings_end_in_right_ids_or_in_our_errors(tmp_pa
         except ValueError as error:
             assert "template" in str(error) or "messages[" in str(error)
             continue
-        whole = tokenizer.chat.render(messages)
+        whole = tokenizer.chat.render([Message("", m["role"], m["content"]) for m in messages])
         said = tokenizer.inner.decode(ids, skip_special_tokens=False)
         assert said in (whole, whole + tokenizer.chat.end)
         assert any(label != IGNORE for label in labels)
@@ -361,3 +362,84 @@ def test_mutated_templates_and_settings_end_in_right_ids_or_in_our_errors(tmp_pa
             continue
         given = json.loads(text[:cut]).get("eos_token_id")
         assert set(ends) == {1, *(given if isinstance(given, list) else [given])} - {None}
+
+
+IN_WORDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, contents, expected",
+    [
+        # one end for all, behind the last answer
+        (IN_WORDS + "{{ eos_token }}", "qa", None),
+        # another end behind the last answer than behind the others
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+            "{{ bos_token if loop.last else eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}",
+            "qa",
+            f"[user]q{EOS}[assistant]«a{BOS}»",
+        ),
+        # earlier answers change, as those of thinking models do
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ '<t></t>' if loop.last and m.role != 'user' }}"
+            "{{ m.content + eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}",
+            "qa",
+            f"[user]q{EOS}[assistant]«<t></t>a{EOS}»",
+        ),
+        # words of the template are those of a conversation
+        (
+            "{% for m in messages %}<{{ m.role }}><answer>{{ m.content | trim }}</answer>"
+            "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+            "qa",
+            f"<user><answer>q</answer>{EOS}<assistant>«<answer>a</answer>{EOS}»",
+        ),
+    ],
+)
+def test_ends_and_beginnings_that_are_not_plain(template, contents, expected, tmp_path):
+    tokenizer = load_tokenizer(write_chat(tmp_path, template))
+    if expected is None:  # no special token ends an answer that another question follows
+        with pytest.raises(ValueError, match="behind an answer, which is no special token"):
+            encode_chat(talk(*contents), tokenizer)
+        return
+    sample = encode_chat(talk(*contents), tokenizer)
+    assert shown(sample, tokenizer) == expected
+    answer = expected.partition("«")[2].rstrip("»")
+    assert tokenizer.chat.answer("a") == answer
+    assert load_tokenizer(ROOT / "demo/base").chat.answer("a \n") == f" a{EOS}"  # as in training
+
+
+def test_an_end_that_the_tokenizer_lacks_is_refused_for_conversations_alone(tmp_path):
+    chatml = CHATML.replace("eos_token", "'<|im_end|>'")
+    tokenizer = load_tokenizer(write_chat(tmp_path, chatml))
+    with pytest.raises(ValueError, match=r"has '<\|im_end\|>\\n' behind an answer"):
+        encode_chat(talk("a", "b"), tokenizer)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    assert shown(encode_file(path, tokenizer)[0], tokenizer) == f"a«b{EOS}»"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "a", "reasoning_content": "s"},  # as in "assistant"
+        {"role": "assistant", "content": "a", "reasoning_content": "user a"},
+    ],
+)
+def test_a_text_that_stands_elsewhere_by_chance_is_missed(message, tmp_path):
+    tokenizer = load_tokenizer(write_chat(tmp_path, CHATML))
+    with pytest.raises(ValueError, match=r"messages\[1\]: field reasoning_content is"):
+        encode_chat([*talk("q"), message], tokenizer)
+
+
+def test_the_header_of_an_answer_must_not_depend_on_it(tmp_path):
+    """Here the prompt asks in other words, so the header is searched for."""
+    template = (
+        "{% for m in messages %}[{{ m.role }} {{ m.content | length }}]{{ m.content + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = load_tokenizer(write_chat(tmp_path, template))
+    assert shown(encode_chat(talk("q", "a"), tokenizer), tokenizer).endswith(f"1]«a{EOS}»")
+    with pytest.raises(ValueError, match=r"messages\[1\]: what the chat template writes before"):
+        encode_chat(talk("q", "answer"), tokenizer)

@@ -59,6 +59,7 @@ def test_a_row_that_has_ended_and_idle_rows_do_not_count(broken):
     ends = generate(model, [[5, 6]], 1, [0])[0]  # the first new token ends the row
     model.model.embed_tokens.weight[ends[0]] = torch.nan  # what would come after it is spoiled
     assert generate(model, [[5, 6]], 8, ends) == [[]]
+    assert generate(model, [[5, 6], [9, 9]], 8, ends)[0] == []  # the other goes on
     model.model.embed_tokens.weight[7] = torch.nan
     with pytest.raises(FloatingPointError, match=r"the embedding gives .* begins with \[7, 8"):
         generate(model, [[5, 6], [7, 8]], 8, ends)

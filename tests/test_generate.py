@@ -53,6 +53,9 @@ def test_a_decoder_serves_batch_after_batch_and_stops_early(tmp_path):
     ending = Decoder(model, rows=2, length=3 + 12, max_new_tokens=12, eos_ids=[eos_id])
     assert ending(prompts[:1]) == [alone[0][: alone[0].index(eos_id)]]
     assert ending.count == alone[0].index(eos_id) + 1 < 12
+    ending = Decoder(model, rows=2, length=3 + 12, max_new_tokens=12, eos_ids=[95, eos_id])
+    assert ending(prompts[:1]) == [alone[0][: alone[0].index(eos_id)]]
+    assert ending.count == alone[0].index(eos_id) + 1  # any of the ends stops the decoder
 
 
 def test_an_empty_prompt_is_refused(checkpoint):

@@ -15,9 +15,10 @@ from test_train import settings
 import data
 import train
 from chat import load_tokenizer
+from chat.template import ENVIRONMENT
 from checkpoint import load_model
 from data import IGNORE, encode_file, shown
-from tasks import answer_file
+from tasks import Ask, answer_file, read_examples
 from training.config import TrainConfig
 from training.inputs import prepare_rows
 
@@ -47,7 +48,7 @@ def answer(content, **more):
     return {"role": "assistant", "content": content, **more}
 
 
-PLAIN = f"«{BOS}»User: Copy: ring\n\nAssistant:« ring{EOS}»"
+PLAIN = f"{BOS}User: Copy: ring\n\nAssistant:« ring{EOS}»"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,9 @@ PLAIN = f"«{BOS}»User: Copy: ring\n\nAssistant:« ring{EOS}»"
         {"prompt": f"{BOS}User: Copy: ring\n\nAssistant:", "completion": f" ring{EOS}"},
         {"messages": [user(f"{BOS}Copy: ring"), answer(f"ring{EOS}")]},
         {"messages": [user("Copy: ring"), answer(f" ring {EOS}\n{EOS} ")]},
+        {"messages": [user(f" {BOS}Copy: ring"), answer("ring")]},
+        {"prompt": "User: Copy: ring\n\nAssistant:", "completion": f" ring{EOS}{EOS}\n"},
+        {"instruction": f"{BOS}Copy: ring", "output": f"ring{EOS}"},
     ],
 )
 def test_layouts_of_the_same_conversation_give_the_same_sample(row, tokenizer, tmp_path):
@@ -80,27 +84,31 @@ def test_layouts_of_the_same_conversation_give_the_same_sample(row, tokenizer, t
     [
         (
             {"instruction": "Sort", "input": "b a", "output": "a b", "system": "Brief."},
-            f"«{BOS}»Brief.\n\nUser: Sort\nb a\n\nAssistant:« a b{EOS}»",
+            f"{BOS}Brief.\n\nUser: Sort\nb a\n\nAssistant:« a b{EOS}»",
         ),
         (
             {"system": "French.", "messages": [user("Hello"), answer("Bonjour")]},
-            f"«{BOS}»French.\n\nUser: Hello\n\nAssistant:« Bonjour{EOS}»",
+            f"{BOS}French.\n\nUser: Hello\n\nAssistant:« Bonjour{EOS}»",
         ),
         (
             {"conversations": [{"from": "system", "value": "s"}, {"from": "gpt", "value": "a"}]},
-            f"«{BOS}»s\n\nAssistant:« a{EOS}»",
+            f"{BOS}s\n\nAssistant:« a{EOS}»",
         ),
         (
             {"messages": [user("a"), user("b"), answer("c")]},
-            f"«{BOS}»User: a\n\nUser: b\n\nAssistant:« c{EOS}»",
+            f"{BOS}User: a\n\nUser: b\n\nAssistant:« c{EOS}»",
         ),
         (
             {"messages": [answer("a"), answer("b"), user("c"), answer("d")]},
-            f"«{BOS}»Assistant:« a{EOS}»Assistant:« b{EOS}»User: c\n\nAssistant:« d{EOS}»",
+            f"{BOS}Assistant:« a{EOS}»Assistant:« b{EOS}»User: c\n\nAssistant:« d{EOS}»",
+        ),
+        (
+            {"messages": [user("q"), answer("no", weight=0, loss=True), user("r"), answer("ok")]},
+            f"{BOS}User: q\n\nAssistant: no{EOS}User: r\n\nAssistant:« ok{EOS}»",
         ),
         (
             {"messages": [user("q"), answer("bad", weight=0), user("r"), answer("good", weight=1)]},
-            f"«{BOS}»User: q\n\nAssistant: bad{EOS}User: r\n\nAssistant:« good{EOS}»",
+            f"{BOS}User: q\n\nAssistant: bad{EOS}User: r\n\nAssistant:« good{EOS}»",
         ),
         (
             {
@@ -111,7 +119,7 @@ def test_layouts_of_the_same_conversation_give_the_same_sample(row, tokenizer, t
                     answer("ok", loss=True, mask=0),
                 ]
             },
-            f"«{BOS}»User: q\n\nAssistant: bad{EOS}User: r\n\nAssistant:« ok{EOS}»",
+            f"{BOS}User: q\n\nAssistant: bad{EOS}User: r\n\nAssistant:« ok{EOS}»",
         ),
     ],
 )
@@ -125,13 +133,13 @@ TURN = [user("q"), answer("a")]
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"messages": TURN, "weight": 0.5}, r"field weight is 0.5; unknown"),
-        ({"messages": TURN, "tools": [{"name": "f"}]}, "field tools is .*; unknown"),
+        ({"messages": TURN, "weight": 0.5}, r"field weight is 0.5; it is not read"),
+        ({"messages": TURN, "tools": [{"name": "f"}]}, "field tools is .*; it is not read"),
         (
             {"messages": TURN, "sytem": "Brief."},
-            r"field sytem is 'Brief.'; unknown \(did you mean system",
+            r"field sytem is 'Brief.'; it is not read \(did you mean system",
         ),
-        ({"messages": TURN, "prompt": "q"}, "field prompt is 'q'; unknown"),
+        ({"messages": TURN, "prompt": "q"}, "field prompt is 'q'; it is not read"),
         (
             {"messages": [user("q"), answer("a", tool_calls=[{"id": 1}])]},
             r"messages\[1\]: field tool_calls is",
@@ -142,7 +150,7 @@ TURN = [user("q"), answer("a")]
         ),
         (
             {"messages": [user("q", name="Ann"), answer("a")]},
-            r"messages\[0\]: field name is 'Ann'; unknown",
+            r"messages\[0\]: field name is 'Ann'; it is not read",
         ),
         (
             {"messages": [user("q"), answer("a", weight=0.5)]},
@@ -166,19 +174,35 @@ TURN = [user("q"), answer("a")]
         ),
         (
             {"conversations": [{"from": "observation", "value": "x"}]},
-            r"messages\[0\]: field from is 'observation'; must be",
+            r"conversations\[0\]: field from is 'observation'; must be",
         ),
         (
             {"conversations": [{"from": "human", "value": None}]},
-            r"messages\[0\]: field value is None; a string",
+            r"conversations\[0\]: field value is None; a string",
         ),
         (
             {"system": "a", "messages": [{"role": "system", "content": "b"}, *TURN]},
-            r"messages\[1\]: field role is 'system'; only",
+            r"messages\[0\]: field role is 'system'; only",
         ),
         ({"instruction": "q", "output": ["a"]}, "field output is .*; a string"),
         ({"instruction": "q", "output": "a", "input": 3}, "field input is 3; a string"),
-        ({"prompt": "q", "completion": "a", "mask": 1}, "field mask is 1; unknown"),
+        ({"prompt": "q", "completion": "a", "mask": 1}, "field mask is 1; it is not read"),
+        ({"messages": [user("q"), answer(EOS)]}, r"messages\[1\]: field content is empty"),
+        ({"prompt": "q", "completion": f" {EOS}"}, "field completion is empty"),
+        ({"instruction": "q", "output": ""}, "field output is empty"),
+        ({"conversations": []}, r"field conversations is \[\]"),
+        (
+            {"system": "s", "messages": [user("q"), answer("")]},
+            r"messages\[1\]: field content is empty",
+        ),
+        (
+            {"messages": [user("q", reasoning_content="r"), answer("a")]},
+            r"messages\[0\]: field reas",
+        ),
+        (
+            {"messages": [user("q"), answer("a", weight=1, loss=True, mask=2)]},
+            r"messages\[1\]: field mask is 2",
+        ),
         ({"chosen": "a", "rejected": "b"}, "field messages is missing"),
     ],
 )
@@ -329,7 +353,9 @@ CHATML = (
 )
 
 
-def test_a_run_on_a_template_shows_its_first_sample_and_belongs_to_the_template(tmp_path, capsys):
+def test_a_run_on_a_template_shows_its_first_sample_and_belongs_to_its_rows(
+    tmp_path, capsys, monkeypatch
+):
     base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
     shutil.copytree(ROOT / "demo/base", base)
     (base / "chat_template.jinja").write_text(CHATML)
@@ -341,8 +367,19 @@ def test_a_run_on_a_template_shows_its_first_sample_and_belongs_to_the_template(
     assert f"chat format: template ({base}/chat_template.jinja); the first sample" in out
     assert f"[user]Copy: ring{EOS}[assistant]«ring{EOS}»" in out
     (base / "chat_template.jinja").write_text(CHATML.replace("[", "<"))
-    with pytest.raises(ValueError, match="holds a run of another config: chat template"):
+    with pytest.raises(
+        ValueError, match="holds a run of another config: rows by the chat template"
+    ):
         train.train(config)
+    (base / "chat_template.jinja").write_text(CHATML + "{{ strftime_now('%d') }}")
+    config = settings(base, rows, tmp_path / "dated", **changes, steps=1, save_steps=1)
+    for day, refused in (("1", False), ("1", False), ("2", True)):
+        monkeypatch.setitem(ENVIRONMENT.globals, "strftime_now", lambda form, day=day: day)
+        if refused:
+            with pytest.raises(ValueError, match="another config: rows by the chat template"):
+                train.train(config)
+        else:
+            train.train(config)
     long = [(list(range(2, 900)), [IGNORE] * 898)]
     text = data.first_sample(long, load_tokenizer(base, "deepseek_v2"))
     assert text.startswith("chat format: deepseek_v2; the first") and 900 < len(text) < 1100
@@ -359,3 +396,34 @@ def test_a_run_with_given_experts_scores_few_tokens_for_its_report(tmp_path, mon
         run = settings(ROOT / "demo/base", rows, tmp_path / name, **changes, **given, steps=1)
         train.train(run)
     assert asked == [131_072, 131_072, 8_192, 8_192]  # before and after training
+
+
+def test_the_first_token_of_joined_samples_is_kept_where_no_begin_of_sequence_stands(tmp_path):
+    """With a format that writes none, the first token is a part of a header."""
+    shutil.copytree(ROOT / "demo/base", tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text(CHATML)
+    tokenizer = load_tokenizer(tmp_path / "base")
+    samples = read([{"messages": TURN}] * 40, tokenizer, tmp_path / "rows.jsonl")
+    config = SimpleNamespace(data="rows", seq_length=len(samples[0][0]) * 40, seed=0)
+    config.validation_data, config.validation_fraction, config.document_mask = "", 0.0, False
+    config.random_concat_ratio = 0.9
+    rows, _ = prepare_rows(config, samples, tokenizer)
+    assert rows.tokens.tolist() == [samples[0][0] * 40]
+
+
+def test_the_task_loss_leaves_out_rows_without_an_answer(tokenizer, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": [user("q"), answer("a", mask=n % 2)]} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_examples(path, "loss", Ask(tokenizer))) == 2
+    assert f"{path}: 2 of 4 rows have no answer to score; left out" in capsys.readouterr().out
+
+
+def test_choices_need_something_before_them(tmp_path):
+    shutil.copytree(ROOT / "demo/base", tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text(CHATML)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "", "choices": ["ring", "a map"], "answer": 0}))
+    model = load_model(ROOT / "demo/base", dtype=torch.float32)
+    with pytest.raises(ValueError, match="a prompt is empty, and nothing begins a sequence"):
+        answer_file(model, load_tokenizer(tmp_path / "base"), "choice", path)

@@ -49,7 +49,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
         given = read_expert_cfg(config.expert_config, whole.config)
         if not trained_parameters(whole, given):
             raise ValueError(f"{config.expert_config}: selects nothing to train")
-    mine = identity(config, whole.fingerprint, tokenizer)
+    mine = identity(config, whole.fingerprint)
+    if tokenizer.chat.name == OWN:  # it may change, and may write the date
+        mine["rows by the chat template"] = rows_hash(rows, held_out)
     return Inputs(base, whole.config, whole, count, tokenizer, samples, rows, held_out, mine)
 
 
@@ -92,20 +94,27 @@ def input_files(config: TrainConfig) -> list[str]:
     return [p for p in (config.data, config.validation_data, config.expert_config, *sets) if p]
 
 
-def identity(config: TrainConfig, base_fingerprint: str, tokenizer: Tokenizer) -> dict:
-    """Returns what makes two runs the same run: the keys that change results, the base's weights
-    and chat template, and the content of the input files."""
+def identity(config: TrainConfig, base_fingerprint: str) -> dict:
+    """Returns what makes two runs the same run: the keys that change results, the base's weights,
+    and the content of the input files."""
     keys = asdict(config)
     for name in ("overwrite", "device", "log_steps", "output_dir"):  # a run may be moved
         del keys[name]
     if not config.model_config:  # older runs do not know this key
         del keys["model_config"]
     keys["fingerprint of model"] = base_fingerprint
-    if tokenizer.chat.name == OWN:
-        keys["chat template"] = hashlib.sha256(tokenizer.chat.text.encode()).hexdigest()
     for path in input_files(config):
         keys[f"sha256 of {path}"] = content_hash(Path(path))
     return keys
+
+
+def rows_hash(*parts: Rows | None) -> str:
+    """Returns the hash of all tokens and labels."""
+    digest = hashlib.sha256()
+    for rows in filter(None, parts):
+        for column in (rows.tokens, rows.labels):
+            digest.update(column.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def content_hash(path: Path) -> str:

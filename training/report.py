@@ -63,7 +63,8 @@ def print_start(
         f"{len(inputs.held_out.tokens) if inputs.held_out else 0} for validation; "
         f"{config.steps} steps of {config.batch_size} rows"
     )
-    print(first_sample(inputs.samples, inputs.tokenizer))
+    first = tuple(part[-config.seq_length :] for part in inputs.samples[0])  # as `pack` cuts it
+    print(first_sample([first], inputs.tokenizer))
     if step:
         print(f"continues after step {step}")
     if config.compile and step < config.steps:
