@@ -111,6 +111,7 @@ def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[Piece]:
         return [Piece(prompt), Piece(answer_field(row, "completion", where, chat) + chat.end, True)]
     messages = conversation(row, layout, where, chat)
     try:
+        chat.check_tokens("messages")
         return chat.pieces(messages)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

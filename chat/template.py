@@ -95,10 +95,11 @@ ENVIRONMENT.filters["tojson"] = tojson
 ENVIRONMENT.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
 
 
-def first_of(tokens: list[str], text: str) -> str:
-    """Returns the text up to and with the first of these tokens in it; "" if none is there."""
-    ends = [text.index(token) + len(token) for token in tokens if token in text]
-    return text[: min(ends, default=0)]
+def up_to_first(tokens: list[str], text: str) -> tuple[str, str]:
+    """Returns what stands before the first of these tokens in a text, and the token; twice "" if
+    none is there."""
+    token = min((t for t in tokens if t in text), key=text.index, default="")
+    return (text.partition(token)[0], token) if token else ("", "")
 
 
 class Chat:
@@ -109,6 +110,7 @@ class Chat:
     source    where it is from: a file, or what chose it
     bos       the text that begins a sequence; "" if the format begins without
     end       the token that ends an answer
+    ends      this, and the one that ends the last answer of a conversation
     """
 
     def __init__(
@@ -133,8 +135,9 @@ class Chat:
             raise ValueError(f"{source}: {said}; chat_format chooses another format")
         self.tail = turn.partition(ANSWER)[2]  # what follows an answer's content: at the end,
         between = longer.partition(ANSWER)[2].rpartition(QUESTION)[0]  # and before a question
-        self.ending = first_of(special, between)
-        self.end = self.ending.lstrip() or tokens["eos_token"]
+        before, token = up_to_first(special, between)
+        self.ending, self.end = before + token, token or tokens["eos_token"]
+        self.ends = {self.end, up_to_first(special, self.tail)[1] or self.end}
         bos = tokens.get("bos_token", "")
         self.bos = bos if turn.startswith(bos) else ""
 
@@ -192,7 +195,6 @@ class Chat:
         Answers are found by rendering the conversation up to each of them, so the text must begin
         in the same way however long the conversation is. Raises ValueError that names the
         message."""
-        self.check_tokens("messages")
         if not self.ending:
             said = f"has {self.tail!r:.40} behind an answer, which is no special token"
             needed = "one must end it, in the template and in tokenizer.json; or set chat_format"
@@ -212,7 +214,7 @@ class Chat:
             if rest.startswith(self.ending):
                 ending = self.ending
             elif i + 1 == len(messages):  # GLM's last answer has no end: the next header ends one
-                ending = first_of(self.special, rest) or rest + self.end
+                ending = "".join(up_to_first(self.special, rest)) or rest + self.end
             else:
                 start = len(whole)
             if not done <= start <= stop:

@@ -56,7 +56,7 @@ def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
     settings = read_settings(directory)
     check_ids(inner, config, directory, settings["config.json"])
     chat = read_chat(directory, chat_format, config, settings["config.json"], tokens, inner)
-    ends = [ids["eos_token"], inner.token_to_id(chat.end)]
+    ends = [ids["eos_token"], *map(inner.token_to_id, sorted(chat.ends))]
     for name, values in settings.items():
         ends += end_ids(values.get("eos_token_id"), inner, directory / name)
     bos_id = ids["bos_token"] if chat.bos else None

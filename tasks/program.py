@@ -138,8 +138,9 @@ def read_statement(node: ast.stmt, lines: list[str]) -> Statement:
 def needed(pieces: list[tuple[str, ast.Module]], wanted: set[str]) -> tuple[list[str], set[str]]:
     """Returns the statements that define the wanted names and what these need, and all names that
     they define. Of several definitions of a name the last one of the highest kind counts: an
-    example of use imports the answer, or shows a value of its name. Imports and other statements, as sys.setrecursionlimit(),
-    count if they stand before such a definition in their piece, and need nothing else."""
+    example of use imports the answer, or shows a value of its name. Imports and other statements,
+    as sys.setrecursionlimit(), count if they stand before such a definition in their piece, and
+    need nothing else."""
     found = [[read_statement(n, piece.split("\n")) for n in tree.body] for piece, tree in pieces]
     last: dict[str, tuple[int, int]] = {}
     for kind in (IMPORT, DATA, CODE):

@@ -407,6 +407,8 @@ def test_ends_and_beginnings_that_are_not_plain(template, contents, expected, tm
     assert shown(sample, tokenizer) == expected
     answer = expected.partition("«")[2].rstrip("»")
     assert tokenizer.chat.answer("a") == answer
+    ends = {EOS, BOS} if "bos_token" in template else {EOS}
+    assert set(tokenizer.end_ids) == set(map(tokenizer.inner.token_to_id, ends))
     assert load_tokenizer(ROOT / "demo/base").chat.answer("a \n") == f" a{EOS}"  # as in training
 
 
