@@ -224,14 +224,20 @@ def test_what_another_model_or_command_made_is_refused(
     ):
         with pytest.raises(SystemExit, match=f"was made with another {name} "):
             run(monkeypatch, *args, option, value)
-    settings = checkpoint / "tokenizer_config.json"
-    before = settings.read_text()
-    try:
-        settings.write_text(before + " ")
-        with pytest.raises(SystemExit, match="was made with another base's settings"):
-            run(monkeypatch, *args)
-    finally:
-        settings.write_text(before)
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    for name, content in (
+        ("tokenizer_config.json", (checkpoint / "tokenizer_config.json").read_text() + " "),
+        ("generation_config.json", '{"eos_token_id": [1, 2]}'),
+        ("chat_template.jinja", template),
+    ):
+        settings = checkpoint / name
+        before = settings.read_text() if settings.exists() else None
+        settings.write_text(content)
+        try:
+            with pytest.raises(SystemExit, match="was made with another base's settings"):
+                run(monkeypatch, *args)
+        finally:
+            settings.unlink() if before is None else settings.write_text(before)
     data["exact"].write_text(data["exact"].read_text().replace("ab", "ba"))
     with pytest.raises(SystemExit, match="was made with another data or prompts"):
         run(monkeypatch, *args)
