@@ -48,8 +48,8 @@ def encode_file(path: str | Path, tokenizer: Tokenizer) -> list[Sample]:
 
 
 def has_answer(sample: Sample) -> bool:
-    """Returns whether a sample has a label that counts, the first one apart."""
-    return any(label != IGNORE for label in sample[1][1:])
+    """Returns whether anything of a sample is learned."""
+    return any(label != IGNORE for label in sample[1])
 
 
 def encode_pieces(rows: list[list[Piece]], tokenizer: Tokenizer) -> list[Sample]:

@@ -209,15 +209,13 @@ class Chat:
                 said = "the chat template renders this answer in another way where more follows"
                 raise ValueError(f"{message.name}: {said}, so it cannot be learned")
             start = self.answer_start(messages[: i + 1], until)
-            stop = len(until) - (len(self.tail) if until.endswith(self.tail) else 0)
+            stop, ending = len(until) - len(self.tail), ""
             rest = whole[stop:]
             if rest.startswith(self.ending):
                 ending = self.ending
             elif i + 1 == len(messages):  # GLM's last answer has no end: the next header ends one
                 ending = "".join(up_to_first(self.special, rest)) or rest + self.end
-            else:
-                start = len(whole)
-            if not done <= start <= stop:
+            if not (until.endswith(self.tail) and done <= start <= stop and ending):
                 said = "the chat template does not show this answer, or its end, as it does others"
                 raise ValueError(f"{message.name}: {said}")
             text = whole[start:stop] + ending

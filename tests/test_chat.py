@@ -445,3 +445,33 @@ def test_the_header_of_an_answer_must_not_depend_on_it(tmp_path):
     assert shown(encode_chat(talk("q", "a"), tokenizer), tokenizer).endswith(f"1]«a{EOS}»")
     with pytest.raises(ValueError, match=r"messages\[1\]: what the chat template writes before"):
         encode_chat(talk("q", "answer"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "{{ eos_token + ('!' if m.content == 'b' else '') }}",  # another text behind some answers
+        "{{ eos_token if m.content != 'b' or loop.last }}",  # an answer without its end
+        "{{ '' if m.content == 'b' else eos_token }}",
+    ],
+)
+def test_an_answer_that_ends_otherwise_than_others_is_refused(end, tmp_path):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}" + end + "{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = load_tokenizer(write_chat(tmp_path, template))
+    assert shown(encode_chat(talk("q", "a"), tokenizer), tokenizer).endswith(f"«a{EOS}»")
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template (does|renders)"):
+        encode_chat(talk("q", "b", "r", "c"), tokenizer)
+
+
+def test_reasoning_is_learned_also_where_the_prompt_asks_in_other_words(tmp_path):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ '(' + m.reasoning_content + ')' if "
+        "m.reasoning_content }}{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    tokenizer = load_tokenizer(write_chat(tmp_path, template))
+    row = [*talk("q"), {"role": "assistant", "content": "a", "reasoning_content": "r"}]
+    assert shown(encode_chat(row, tokenizer), tokenizer) == f"[user]q{EOS}[assistant](«r)a{EOS}»"

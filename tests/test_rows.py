@@ -102,6 +102,7 @@ def test_layouts_of_the_same_conversation_give_the_same_sample(row, tokenizer, t
             {"messages": [answer("a"), answer("b"), user("c"), answer("d")]},
             f"{BOS}Assistant:« a{EOS}»Assistant:« b{EOS}»User: c\n\nAssistant:« d{EOS}»",
         ),
+        ({"prompt": f"  {BOS}q", "completion": "a"}, f"  {BOS}q«a{EOS}»"),  # as V2.5's template
         (
             {"messages": [user("q"), answer("no", weight=0, loss=True), user("r"), answer("ok")]},
             f"{BOS}User: q\n\nAssistant: no{EOS}User: r\n\nAssistant:« ok{EOS}»",
@@ -133,6 +134,7 @@ TURN = [user("q"), answer("a")]
 @pytest.mark.parametrize(
     "row, message",
     [
+        ({"messages": TURN, "weight": 0}, "field weight is 0; it is not read"),
         ({"messages": TURN, "weight": 0.5}, r"field weight is 0.5; it is not read"),
         ({"messages": TURN, "tools": [{"name": "f"}]}, "field tools is .*; it is not read"),
         (
