@@ -16,7 +16,6 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 CHAT_FORMATS = {  # name -> template, for checkpoints without one; the paper's is deepseek_v2
     "deepseek_v2": (
         "{{ bos_token }}{% for m in messages %}"
@@ -27,13 +26,13 @@ CHAT_FORMATS = {  # name -> template, for checkpoints without one; the paper's i
     ),
     "deepseek_v3": (
         "{{ bos_token }}{% for m in messages %}"
-        f"{{% if m.role == 'user' %}}{{{{ '{USER}' + m.content | trim }}}}"
-        "{% elif m.role == 'assistant' %}"
-        f"{{{{ '{ASSISTANT}' + m.content | trim + eos_token }}}}"
+        "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content | trim }}"
+        "{% elif m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content | trim + eos_token }}"
         "{% else %}{{ m.content | trim }}{% endif %}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{ASSISTANT}{{% endif %}}"
+        "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
     ),
 }
+MARKS = {"deepseek_v3": ("<｜User｜>", "<｜Assistant｜>")}  # tokens that a format needs
 OWN = "template"  # the checkpoint's own
 FORMATS = (OWN, *CHAT_FORMATS)
 QUESTION, ANSWER = "Xq7question", "Xq8answer"  # words that no template has
@@ -106,8 +105,7 @@ class Chat:
     """A chat format of a checkpoint.
 
     name      template, or a key of CHAT_FORMATS
-    text      the template
-    source    where it is from: a file, or what chose it
+    source    where the template is from: a file, or what chose it
     bos       the text that begins a sequence; "" if the format begins without
     end       the token that ends an answer
     ends      this, and the one that ends the last answer of a conversation
@@ -118,16 +116,12 @@ class Chat:
     ):
         """`tokens` are what the template may name, bos_token and eos_token among them; `special`
         the texts of all special tokens. Raises ValueError that names `source`."""
-        self.name, self.text, self.source, self.tokens = name, template, source, tokens
-        self.special = special
+        self.name, self.source, self.tokens, self.special = name, source, tokens, special
         try:
             self.template = ENVIRONMENT.from_string(template)
         except Exception as error:  # TemplateError, or what Python makes of the template's code
             line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
             raise ValueError(f"{source}: the chat template is wrong: {line}{error}") from None
-        self.lacking = ""
-        if name == "deepseek_v3":
-            self.lacking = next((mark for mark in (USER, ASSISTANT) if mark not in special), "")
         question, answer = Message("", "user", QUESTION), Message("", "assistant", ANSWER)
         turn, longer = self.render([question, answer]), self.render([question, answer, question])
         if ANSWER not in turn or QUESTION not in longer.partition(ANSWER)[2]:
@@ -182,11 +176,12 @@ class Chat:
         return content
 
     def check_tokens(self, what: str) -> None:
-        if self.lacking:
-            raise ValueError(
-                f"{what} in chat_format {self.name} need the token {self.lacking}, which this "
-                "tokenizer lacks; set another chat_format, or give text that carries its own"
-            )
+        for mark in MARKS.get(self.name, ()):
+            if mark not in self.special:
+                raise ValueError(
+                    f"{what} in chat_format {self.name} need the token {mark}, which this "
+                    "tokenizer lacks; set another chat_format, or give text that carries its own"
+                )
 
     def pieces(self, messages: list[Message]) -> list[Piece]:
         """Returns a conversation as alternating text and answers. An answer is what the model has
