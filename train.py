@@ -116,9 +116,9 @@ def score_experts(
     else they are computed and written to it."""
 
     def collect() -> Scores:
-        print(f"scores the experts on at most {config.scored_tokens:,} tokens of the data")
         sizes = config.scored_tokens, config.seq_length, config.seed
         sequences = sample_tokens(inputs.samples, *sizes)
+        print(f"scores the experts on {sum(map(len, sequences)):,} tokens of the data", flush=True)
         batches = scoring_batches(sequences, inputs.tokenizer.pad_id)
         return collect_scores(model, batches, config.average)
 

@@ -2,8 +2,8 @@
 in the layouts that are common, as conversations and their text. Token ids are made in data.py."""
 
 from chat.rows import is_text, read_pieces, read_rows, row_pieces, text_field
-from chat.template import CHAT_FORMATS, FORMATS, OWN, Chat, Piece
+from chat.template import FORMATS, OWN, Piece
 from chat.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["CHAT_FORMATS", "FORMATS", "OWN", "Chat", "Piece", "Tokenizer", "is_text"]
-__all__ += ["load_tokenizer", "read_pieces", "read_rows", "row_pieces", "text_field"]
+__all__ = ["FORMATS", "OWN", "Piece", "Tokenizer", "is_text", "load_tokenizer", "read_pieces"]
+__all__ += ["read_rows", "row_pieces", "text_field"]

@@ -27,12 +27,8 @@ class Choice(Task):
     def predict(self, model, ask, examples, max_new_tokens, batch_size=64) -> Predictions:
         """Adds loglikelihoods, one a choice, and raw_prediction, the likeliest choice."""
         longest = [join_choice(e["prompt"], max(e["choices"], key=len)) for e in examples]
-        # The model reads one token before these, the beginning, and does not read the last one.
-        lengths = list(map(len, ask.tokenizer.encode_all(longest)))
-        if too_long := sum(length > (ask.context or length) for length in lengths):
-            most = f"the {ask.context} tokens of max_position_embeddings"
-            said = f"{too_long} of {len(examples)} prompts are longer than {most}"
-            print(f"{said}, with their longest choice", flush=True)
+        rows = ask.tokenizer.encode_prompts(longest)
+        ask.say_too_long([ids[:-1] for ids in rows], ", with their longest choice")
         starts = range(0, len(examples), batch_size)
         for start in tqdm(starts, "score", unit="batch", leave=False, disable=None):
             block = examples[start : start + batch_size]

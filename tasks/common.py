@@ -34,6 +34,12 @@ class Ask:
     def __call__(self, chat: str, plain: str) -> str:
         return plain if self.plain else self.tokenizer.chat.prompt(chat)
 
+    def say_too_long(self, rows: list[list[int]], more: str = "") -> None:
+        """Prints how many of the rows that the model will read are longer than its context."""
+        if too_long := sum(len(ids) > (self.context or len(ids)) for ids in rows):
+            most = f"the {self.context} tokens of max_position_embeddings"
+            print(f"{too_long} of {len(rows)} prompts are longer than {most}{more}", flush=True)
+
 
 @dataclass
 class Result:
@@ -107,9 +113,7 @@ class Task:
         """Adds raw_prediction to each example."""
         tokenizer = ask.tokenizer
         prompts = tokenizer.encode_prompts([example["prompt"] for example in examples])
-        if too_long := sum(len(ids) > (ask.context or len(ids)) for ids in prompts):
-            most = f"the {ask.context} tokens of max_position_embeddings"
-            print(f"{too_long} of {len(prompts)} prompts are longer than {most}", flush=True)
+        ask.say_too_long(prompts)
         ends = tokenizer.end_ids
         for i, row in generate_each(model, prompts, max_new_tokens, ends, batch_size):
             yield i, examples[i] | {"raw_prediction": tokenizer.decode(row)}

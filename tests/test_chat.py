@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, save_tokenizer, save_with_transformers
 from test_data import deepseek_tokenizer
 
-from chat import CHAT_FORMATS, load_tokenizer
-from chat.template import Message
+from chat import load_tokenizer
+from chat.template import CHAT_FORMATS, Message
 from checkpoint import load_model
 from data import IGNORE, encode_chat, encode_file, shown
 from generate import generate

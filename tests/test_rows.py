@@ -387,7 +387,7 @@ def test_a_run_on_a_template_shows_its_first_sample_and_belongs_to_its_rows(
     assert text.startswith("chat format: deepseek_v2; the first") and 900 < len(text) < 1100
 
 
-def test_a_run_with_given_experts_scores_few_tokens_for_its_report(tmp_path, monkeypatch):
+def test_a_run_with_given_experts_scores_few_tokens_for_its_report(tmp_path, monkeypatch, capsys):
     rows, cfg, asked = tmp_path / "rows.jsonl", tmp_path / "cfg.json", []
     rows.write_text(json.dumps({"messages": TURN}) + "\n")
     cfg.write_text(json.dumps({"experts": {"1": [3]}}))
@@ -398,6 +398,8 @@ def test_a_run_with_given_experts_scores_few_tokens_for_its_report(tmp_path, mon
         run = settings(ROOT / "demo/base", rows, tmp_path / name, **changes, **given, steps=1)
         train.train(run)
     assert asked == [131_072, 131_072, 8_192, 8_192]  # before and after training
+    out, length = capsys.readouterr().out, len(encode_file(rows, load_tokenizer(run.model))[0][0])
+    assert out.count(f"scores the experts on {length} tokens of the data") == 4
 
 
 def test_the_first_token_of_joined_samples_is_kept_where_no_begin_of_sequence_stands(tmp_path):
