@@ -14,12 +14,14 @@ from chat.tokenizer import Tokenizer
 from files import parse_json
 
 # Fields of rows and messages that say where they are from, or how long they are, and no more.
-METADATA = """
+METADATA = set(
+    """
 id idx index uid uuid key prompt_id conversation_id message_id source data_source dataset subset
 split category topic tag tags task task_type skill type subject difficulty lang language license url
 model generator created created_at timestamp date length num_tokens num_turns title quality rating
 score metadata meta
-"""
+""".split()
+)
 LAYOUTS = {  # the field that names a layout -> the fields of such a row
     "messages": ("messages", "system"),
     "conversations": ("conversations", "system"),  # ShareGPT's
@@ -81,7 +83,7 @@ def text_field(row: dict, field: str, where: str) -> str:
 def check_known(values: dict, known: tuple[str, ...], where: str) -> None:
     """Raises ValueError for a field that says something, and is neither known nor metadata."""
     for name, value in values.items():
-        if name in known or name in METADATA.split() or value in NOTHING:
+        if name in known or name in METADATA or value in NOTHING:
             continue
         close = difflib.get_close_matches(name, known, 1)
         meant = f" (did you mean {close[0]}?)" if close else ""

@@ -171,8 +171,8 @@ def own_template(directory: Path, config: dict) -> tuple[str | None, str]:
             raise ValueError(f"{path}: not UTF-8 text: {error}") from None
     path, template = directory / "tokenizer_config.json", config.get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
         if template is None:
             raise ValueError(f"{path}: chat_template has no template of the name 'default'")
     if not isinstance(template, str | None):

@@ -52,8 +52,8 @@ def continuation(code: str, text: str) -> str:
     """Returns the prompt and the text that goes on with it, up to other statements and prose."""
     whole = code + re.split(STOPS, text, maxsplit=1)[0]
     for piece, tree in python_in(whole):
-        if piece.startswith(code):
-            begun = [node for node in tree.body if node.lineno <= len(code.splitlines())]
+        begun = [node for node in tree.body if node.lineno <= len(code.splitlines())]
+        if piece.startswith(code) and begun:
             return "\n".join([*piece.split("\n")[: begun[-1].end_lineno], ""])
     return whole
 

@@ -348,6 +348,24 @@ def test_mutated_templates_and_settings_end_in_right_ids_or_in_our_errors(tmp_pa
         passed += 1
     assert 50 < passed < 450
     (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    config, names = json.loads(path.read_text()), ["bos_token", "eos_token", "pad_token", "content"]
+    names += ["chat_template", "added_tokens_decoder", "name", "template", "1"]
+    odd = [None, "", EOS, CHATML, 1, True, [], {}, ["x"], "default", [{"name": ["x"]}]]
+    odd += [{"1": {"content": EOS}}, {"content": EOS}, [{"name": "default", "template": CHATML}]]
+    passed = 0
+    for _ in range(300):
+        changed = {key: draw.choice(odd) for key in draw.sample(names, draw.randint(1, 4))}
+        inner = {key: draw.choice(odd) for key in draw.sample(names, 2)}
+        changed |= draw.choice([{}, {"chat_template": [inner]}, {"added_tokens_decoder": inner}])
+        path.write_text(json.dumps(config | changed))
+        try:
+            assert EOS in load_tokenizer(tmp_path).chat.ends
+            passed += 1
+        except ValueError as error:
+            assert "tokenizer_config.json" in str(error)
+    assert 30 < passed < 270
+    path.write_text(json.dumps(config))
     values = [0, 1, 2, 95, 10**6, -1, 1.5, True, None, "1", [], [1], [0, 1], [[1]], {}, {"a": 1}]
     for _ in range(500):
         keys = ["eos_token_id", "bos_token_id", "max_length", "pad_token_id"]

@@ -337,3 +337,12 @@ def test_of_mbpp_the_published_test_split_is_read(tmp_path):
     write_lines(path, rows)
     examples = read_examples(path, "mbpp", PLAIN)
     assert [example["raw_answers"] for example in examples] == [["11"], ["510"]]
+
+
+@pytest.mark.parametrize("code", ["", "\n", "# Adds.\n", "x = (\n"])
+@pytest.mark.parametrize(
+    "said", ["    x\nimport os\n", "    return 1\n\ndef add(x):\n    return 2", ""]
+)
+def test_a_saved_prompt_may_be_anything(code, said):
+    example = {"prompt": "", "code": code, "entry_point": "add", "test": ""}
+    assert isinstance(program(example | {"raw_prediction": said}), str)
