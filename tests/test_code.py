@@ -295,8 +295,7 @@ def test_what_is_no_answer_does_not_pass(completion, verdicts):
 )
 def test_no_text_takes_long(text):
     began = time.monotonic()
-    for example in (ADD, WITHOUT_PROMPT):
-        assert isinstance(program(example | {"raw_prediction": text}), str)
+    assert isinstance(program(ADD | {"raw_prediction": text}), str)  # MBPP's way is a part of this
     assert time.monotonic() - began < 60  # it takes some seconds, but the machine may be busy
 
 
