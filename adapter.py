@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from checkpoint import local_directory
 from fast import StackedExperts
+from fast.packed import packed_layers
 from files import read_json, replacing, write_json
 from lora import attach_lora, remove_lora
 from model import ModelConfig, Transformer
@@ -90,13 +91,14 @@ def mark_trainable(model: Transformer, expert_cfg: dict) -> None:
 
     In a fast model the selected experts move to the front of their layer's stacks, where a weight
     gradient costs no copy. Whatever shares memory with their parameters must be made afterwards."""
-    trained = trained_parameters(model, expert_cfg)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    check_expert_cfg(expert_cfg, model.config)
     for layer, selected in expert_cfg["experts"].items():
         experts = model.model.layers[int(layer)].mlp.experts
         if isinstance(experts, StackedExperts):
             experts.put_first(selected)
+    trained = trained_parameters(model, expert_cfg)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
 
 
 def save_adapter(
@@ -157,6 +159,7 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
             stored, kept = stored.tensors, []
         else:
             kept = list(stored)
+            hold_exactly(model, kept)
         parameters = dict(model.named_parameters())
         model.replaced = {name: parameters[name].detach().to("cpu", copy=True) for name in kept}
         with torch.no_grad():
@@ -169,9 +172,20 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
 
 def remove_adapter(model: Transformer) -> None:
     """Puts the base's own tensors back, bit for bit, and takes LoRA off."""
-    put_tensors(model, getattr(model, "replaced", {}))
+    if replaced := getattr(model, "replaced", {}):
+        put_tensors(model, replaced)
+        hold_exactly(model, [])
     model.replaced = {}
     remove_lora(model)
+
+
+def hold_exactly(model: Transformer, names: list[str]) -> None:
+    """Where experts rest packed (fast/packed.py): gives those with parameters of these names memory
+    of their own, and packs the others again."""
+    for prefix, experts in packed_layers(model).items():
+        experts.put_first(
+            [e for e in range(len(experts)) if f"{prefix}.{e}.up_proj.weight" in names]
+        )
 
 
 def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 import fast
+from fast.packed import readers
 from files import read_json
 from model import ModelConfig, Transformer
 from stored_tensors import READ_BYTES, StoredTensor, read_header
@@ -422,19 +423,23 @@ def build_model(
     dtype: torch.dtype = torch.bfloat16,
     experts: str = "auto",
     split: Split | None = None,
+    quantize: str = "",
 ) -> Transformer:
     """Returns a Transformer with uninitialised weights on `device`, everything frozen. With
     `experts` "loop" it is model.py alone; otherwise fast/ is installed. `split` takes out of the
-    model, while it is on the meta device, what other processes hold.
+    model, while it is on the meta device, what other processes hold. `quantize` is how experts
+    rest in memory: see `fast.quantize`.
 
-    Raises ValueError for another value of `experts`."""
+    Raises ValueError for another value of `experts`, and for what cannot be quantised."""
     with torch.device("meta"):
         model = Transformer(config).requires_grad_(False)
     model.fingerprint = None
-    return materialise(model, device, dtype, experts, split)
+    return materialise(model, device, dtype, experts, split, quantize)
 
 
-def materialise(model: Transformer, device, dtype, experts: str, split: Split | None):
+def materialise(
+    model: Transformer, device, dtype, experts: str, split: Split | None, quantize: str
+) -> Transformer:
     """`build_model` for a model on the meta device."""
     if experts not in EXPERTS:
         raise ValueError(f"experts is {experts!r}; must be {', '.join(EXPERTS)}")
@@ -443,6 +448,8 @@ def materialise(model: Transformer, device, dtype, experts: str, split: Split | 
     model.to(dtype)
     if experts != "loop":
         fast.install(model)
+    if quantize:
+        fast.quantize(model, quantize)
     return model if device == "meta" else model.to_empty(device=device)
 
 
@@ -468,25 +475,29 @@ def load_model(
     experts: str = "auto",
     split: Split | None = None,
     changes: Collection[str] = (),
+    quantize: str = "",
 ) -> Transformer:
     """Returns the checkpoint in directory `path` or of that hub name, everything frozen, with its
-    fingerprint. `experts`, `split`: see `build_model`. `changes`: see `read_config`.
+    fingerprint. `experts`, `split`, `quantize`: see `build_model`. `changes`: see `read_config`.
 
     Names and shapes are compared with the config before memory is taken. Then each tensor is read
     once, straight to its place. Raises OSError and ValueError that name file, tensor and shape."""
     check_device(device)
     model, stored = read_checkpoint(local_directory(path), changes)
-    materialise(model, device, dtype, experts, split)
-    targets = model.state_dict()
+    materialise(model, device, dtype, experts, split, quantize)
+    targets, packed = model.state_dict(), readers(model)
     if model.config.tie_word_embeddings:
         targets.pop("lm_head.weight")
     local = threading.local()
 
     def load(name: str) -> int:
         if not hasattr(local, "buffer"):  # pinned: the GPU's copy engine reads it directly
-            pinned = targets[name].is_cuda
+            pinned = model.lm_head.weight.is_cuda
             local.buffer = torch.empty(READ_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        stored[name].copy_to(targets[name], local.buffer)
+        if name in packed:
+            packed[name](stored[name], local.buffer)
+        else:
+            stored[name].copy_to(targets[name], local.buffer)
         return targets[name].nbytes
 
     total = sum(tensor.nbytes for tensor in targets.values())

@@ -32,8 +32,10 @@ from adapter import load_adapter, read_adapter
 from chat import FORMATS, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
 from config import Keys, add_keys, key, read_keys, refusal
+from fast.packed import QUANTIZATIONS
 from files import check_output_file, locked, read_json, write_json, write_lines
 from model import Transformer
+from peft_format import StoredLora
 from processes import SingleProcess, meet
 from tasks import TASKS, Ask, Judge, Result, read_examples, score
 
@@ -68,6 +70,7 @@ class EvalConfig(Keys):
     judge_model: str = key("", "the judge's name there")
     device: str = key("", "cpu, cuda, cuda:1 ...; empty: cuda where there is one")
     dtype: str = key("", "empty: bfloat16 on a GPU, else float32", choices=("bfloat16", "float32"))
+    quantize: str = key("", "experts rest in 8 or 4 bits, to save memory", choices=QUANTIZATIONS)
 
     def check(self) -> None:
         """Raises ValueError for an impossible value, and for keys that do not go together."""
@@ -88,7 +91,7 @@ class EvalConfig(Keys):
             "--judge_url: no task is judged": url and not judged,
         }
         of_models = "data adapter base limit plain chat_format max_new_tokens model_config device"
-        for name in f"{of_models} dtype".split():
+        for name in f"{of_models} dtype quantize".split():
             rules[f"--rescore takes no --{name}"] = rescored and getattr(self, name)
         for message, broken in rules.items():
             if broken:
@@ -231,11 +234,14 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
     ask = Ask(load_tokenizer(base, config.chat_format), config.plain, context)
     settings = [base / name for name in SETTINGS if (base / name).is_file()]
     made_by = {"base": meta.fingerprint, "base's settings": hash_files(settings)}
-    made_by |= {"model_config": config.model_config} if config.model_config else {}
+    for name in ("model_config", "quantize"):
+        made_by |= {name: getattr(config, name)} if getattr(config, name) else {}
     variants = [("base", None, None)] if config.base or not config.adapter else []
     for name, adapter in zip(name_adapters(config.adapter), config.adapter):
         adapter = local_directory(adapter, "adapter")
-        read_adapter(adapter, meta)  # refuses a wrong one
+        is_lora = isinstance(read_adapter(adapter, meta), StoredLora)  # refuses a wrong one
+        if config.quantize and is_lora:
+            raise ValueError(f"quantize is {config.quantize!r}; cannot be with LoRA ({adapter})")
         named = ("expert_cfg.json", "adapter_config.json")
         held = [p for p in adapter.iterdir() if p.name in named or p.suffix == ".safetensors"]
         variants.append((name, adapter, hash_files(sorted(held))))
@@ -418,7 +424,8 @@ def evaluate(config: EvalConfig, ranks: SingleProcess) -> None:
             if missing := ranks.on_first(e.missing):
                 if model is None:
                     dtype = choose_dtype(config.dtype, device)
-                    model = load_model(base, device, dtype, changes=config.model_config)
+                    how = {"changes": config.model_config, "quantize": config.quantize}
+                    model = load_model(base, device, dtype, **how)
                 if e.adapter != present:  # the base comes first, without one
                     load_adapter(model, e.adapter)
                     present = e.adapter

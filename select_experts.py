@@ -23,6 +23,7 @@ from chat import FORMATS, load_tokenizer
 from checkpoint import choose_dtype, load_model, local_directory, read_config
 from config import Keys, add_keys, key, read_keys
 from data import by_length, encode_file, first_sample, pad, sample_tokens
+from fast.packed import QUANTIZATIONS
 from files import check_output_file, read_json, write_json
 from model import Routing, Transformer
 from processes import SingleProcess, meet
@@ -181,6 +182,9 @@ class SelectionConfig(Keys):
     seed: int = key(0, "of everything that is drawn", at_least=0, below=2**63)
     device: str = key("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     dtype: str = key("", "of weights (default: bfloat16 on a GPU, else float32)", choices=DTYPES)
+    quantize: str = key(
+        "", "frozen experts rest in 8 or 4 bits, to save memory", choices=QUANTIZATIONS
+    )
 
     def check(self) -> None:
         """Also sets keys whose default depends on other keys or on the machine."""
@@ -290,7 +294,8 @@ def scores_of_data(config: SelectionConfig, ranks: SingleProcess) -> Scores:
     samples = encode_file(config.data, tokenizer)
     print(first_sample(samples, tokenizer), flush=True)
     dtype = choose_dtype(config.dtype, config.device)
-    model = load_model(base, config.device, dtype, changes=config.model_config)
+    how = {"changes": config.model_config, "quantize": config.quantize}
+    model = load_model(base, config.device, dtype, **how)
     sequences = sample_tokens(samples, config.n_sample_tokens, config.seq_length, config.seed)
     batches = scoring_batches(sequences, tokenizer.pad_id, ranks=ranks)
     return collect_scores(model, batches, config.average, ranks)

@@ -62,6 +62,16 @@ class StoredTensor:
                 view = view[count:]
         return out
 
+    def read_scale(self) -> Tensor:
+        """Returns the factors of FP8 weights. Raises ValueError that names one that cannot be."""
+        scale = self.scale.read()
+        if not (scale.isfinite() & (scale >= 0)).all():
+            raise ValueError(
+                f"{self.scale.path}: tensor {self.scale.name} holds a scale that is negative or "
+                "not finite"
+            )
+        return scale
+
     def copy_to(self, target: Tensor, buffer: Tensor | None = None) -> None:
         """Fills `target`, on any device and in any dtype, by blocks of rows. FP8 weights are
         multiplied by their scales in float32. `buffer` is uint8 memory to read into."""
@@ -74,13 +84,7 @@ class StoredTensor:
         scale = None
         if self.scale is not None:
             step = max(step // (4 * self.block[0]), 1) * self.block[0]  # float32 is 4 times FP8
-            scale = self.scale.read()
-            if not (scale.isfinite() & (scale >= 0)).all():
-                raise ValueError(
-                    f"{self.scale.path}: tensor {self.scale.name} holds a scale that is negative "
-                    "or not finite"
-                )
-            scale = scale.to(target.device)
+            scale = self.read_scale().to(target.device)
         in_place = target.dtype == DTYPES[self.dtype] and target.device.type == "cpu"
         for first in range(0, rows, step):
             shape = (min(step, rows - first), *self.shape[1:])
@@ -99,15 +103,19 @@ class StoredTensor:
             goal.copy_(values)
 
 
+def spread(scale: Tensor, rows: int, columns: int, block: tuple[int, int]) -> Tensor:
+    """scale (..., blocks of rows, blocks of columns) -> the factor of each value (..., rows,
+    columns). A block is block[0] x block[1] values; the last ones are cut off."""
+    row = torch.arange(rows, device=scale.device) // block[0]
+    column = torch.arange(columns, device=scale.device) // block[1]
+    return scale[..., row[:, None], column]
+
+
 def dequantise(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """values (rows, columns) in FP8 times scale -> float32 (rows, columns). `scale` has one factor
-    for each block of block[0] x block[1], the last ones cut off.
+    """values (..., rows, columns) in FP8 times scale -> float32; see `spread`.
 
     Files call the factor `weight_scale_inv`, but weights are multiplied by it."""
-    rows, columns = values.shape
-    high, wide = min(block[0], rows), min(block[1], columns)
-    factors = scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)
-    return values.float().mul_(factors[:, :columns])
+    return values.float() * spread(scale, *values.shape[-2:], block)
 
 
 @contextmanager

@@ -68,6 +68,7 @@ def run(config: TrainConfig, inputs: Inputs, output: RunDirectory, ranks: Single
     started = time.perf_counter()
     how = {"device": config.device, "dtype": getattr(torch, config.dtype)}
     how |= {"experts": config.experts, "split": ranks.split, "changes": config.model_config}
+    how["quantize"] = config.quantize
     model = ranks.on_all(load_model, inputs.base, **how)
     output.begin()  # deletes an old run for --overwrite, so not before the model is there
     before = evaluate(config, model, inputs, output, "before")

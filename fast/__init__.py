@@ -1,14 +1,16 @@
 """Faster versions of functions of model.py, one file a concern, with the same results up to
-rounding. `install` puts them into a model; the loss, compiled blocks and decoding are called."""
+rounding. `install` puts them into a model; the loss, compiled blocks and decoding are called.
+`quantize` lets experts rest in fewer bits."""
 
 from fast.attention import attend, group_documents
 from fast.compiled import compiled_blocks
 from fast.experts import StackedExperts, experts_grouped
 from fast.gate import router_logits, top_experts
 from fast.loss import token_losses
+from fast.packed import quantize
 from model import Gate, LatentAttention, MoE, MultiHeadAttention, Transformer
 
-__all__ = ["StackedExperts", "compiled_blocks", "install", "token_losses"]
+__all__ = ["StackedExperts", "compiled_blocks", "install", "quantize", "token_losses"]
 
 
 def install(model: Transformer) -> None:

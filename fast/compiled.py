@@ -5,7 +5,8 @@ from functools import cache
 
 import torch
 
-from fast.experts import experts_grouped, trained_prefix, trained_stacks
+from fast.experts import trained_prefix, trained_stacks
+from fast.packed import GROUPED, PackedExperts, UnpackAgain
 from model import Block, MoE, RunBlock, Transformer
 
 
@@ -24,7 +25,7 @@ def compiled_blocks(model: Transformer, tokens: int | None = None) -> RunBlock:
     """Returns a `run_block` that runs compiled blocks. In training make a new one for each forward
     pass, since it knows which experts are trained now. `tokens` is how many a decoding step has."""
     moes = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
-    stacked = {moe: moe.experts for moe in moes if moe.run_experts is experts_grouped}
+    stacked = {moe: moe.experts for moe in moes if moe.run_experts in GROUPED}
     whole = {moe: experts for moe, experts in stacked.items() if experts.is_whole}
     # One length for all layers, so that one graph serves all.
     length = max(map(trained_prefix, whole.values()), default=0)
@@ -37,6 +38,11 @@ def compiled_blocks(model: Transformer, tokens: int | None = None) -> RunBlock:
     def run_block(block: Block, *args):
         if block.mlp in whole:  # made here, outside of the graph, while the GPU works
             whole[block.mlp].trained = trained_stacks(whole[block.mlp], length)
-        return compiled(block, *args)
+        experts = whole.get(block.mlp)
+        if not isinstance(experts, PackedExperts):
+            return compiled(block, *args)
+        experts.unpack()
+        x, *rest = compiled(block, *args)
+        return UnpackAgain.apply(x, experts), *rest
 
     return run_block

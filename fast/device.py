@@ -1,4 +1,4 @@
-"""What counts as a GPU, and as a step of few tokens, in fast/."""
+"""What counts as a GPU, and as a step of few tokens, in fast/; whether torch.compile works here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,3 +36,12 @@ def compiling_for_few(x: Tensor) -> bool:
     """Whether torch.compile traces this code for few tokens x (N, ...), as in decoding. Comparisons
     and sums that melt into one kernel then beat the library's kernels."""
     return torch.compiler.is_compiling() and len(x) <= FEW_TOKENS
+
+
+def compiler_error(device: str | torch.device) -> str:
+    """Returns why torch.compile does not work here: no C++ compiler, say. Empty if it works."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # the compiler's own kinds, and those of what it calls
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""

@@ -4,10 +4,9 @@ key is stands in config.py; the keys with which experts are selected stand in se
 import argparse
 from dataclasses import dataclass
 
-import torch
-
 from checkpoint import EXPERTS
 from config import add_keys, key
+from fast.device import compiler_error
 from model import ModelConfig
 from select_experts import SelectionConfig
 from tasks import TASKS
@@ -81,6 +80,8 @@ class TrainConfig(SelectionConfig):
         for name, reason in self.without_effect().items():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; no effect, since {reason}")
+        if self.quantize and self.method == "lora":
+            raise ValueError(f"quantize is {self.quantize!r}; cannot be with method lora")
         if self.compile and (obstacle := no_compilation(self)):
             raise ValueError(f"compile is true; cannot be with {obstacle}")
         for entry in self.eval_sets:
@@ -96,6 +97,8 @@ class TrainConfig(SelectionConfig):
             reasons |= dict.fromkeys(selecting, "expert_config is given")
         if self.method != "esft":
             reasons |= dict.fromkeys((*selecting, "expert_config"), f"method is {self.method}")
+        if self.method == "full":
+            reasons["quantize"] = "method is full, which trains all experts"
         if self.method != "lora":
             reasons |= dict.fromkeys(("lora_rank", "lora_scaling"), f"method is {self.method}")
         return reasons
@@ -135,15 +138,6 @@ def no_compilation(config: TrainConfig) -> str:
         return "document_mask, which makes other shapes in every step"
     if config.method == "lora":
         return "method lora, which has parameters of its own in each expert"
-    return ""
-
-
-def compiler_error(device: str) -> str:
-    """Returns why torch.compile does not work here: no C++ compiler, say. Empty if it works."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # the compiler's own kinds, and those of what it calls
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
 
 

@@ -100,8 +100,9 @@ def identity(config: TrainConfig, base_fingerprint: str) -> dict:
     keys = asdict(config)
     for name in ("overwrite", "device", "log_steps", "output_dir"):  # a run may be moved
         del keys[name]
-    if not config.model_config:  # older runs do not know this key
-        del keys["model_config"]
+    for name in ("model_config", "quantize"):  # older runs do not know these keys
+        if not keys[name]:
+            del keys[name]
     keys["fingerprint of model"] = base_fingerprint
     for path in input_files(config):
         keys[f"sha256 of {path}"] = content_hash(Path(path))

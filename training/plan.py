@@ -143,7 +143,7 @@ def selection_of_this_run(config: TrainConfig) -> Path | None:
     output = Path(config.output_dir)
     if config.overwrite or not (output / "expert_cfg.json").exists():
         return None
-    saved = {"model_config": [], **read_json(output / "train_config.json")}
+    saved = {"model_config": [], "quantize": "", **read_json(output / "train_config.json")}
     mine = asdict(config)
     keys = {f.name for f in fields(SelectionConfig)} - {"device"} | {"method", "expert_config"}
     same = all(saved.get(name) == mine[name] for name in keys)
