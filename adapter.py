@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from checkpoint import local_directory
 from fast import StackedExperts
-from fast.packed import packed_layers
+from fast.packed import PackedExperts
 from files import read_json, replacing, write_json
 from lora import attach_lora, remove_lora
 from model import ModelConfig, Transformer
@@ -182,10 +182,10 @@ def remove_adapter(model: Transformer) -> None:
 def hold_exactly(model: Transformer, names: list[str]) -> None:
     """Where experts rest packed (fast/packed.py): gives those with parameters of these names memory
     of their own, and packs the others again."""
-    for prefix, experts in packed_layers(model).items():
-        experts.put_first(
-            [e for e in range(len(experts)) if f"{prefix}.{e}.up_proj.weight" in names]
-        )
+    for prefix, module in model.named_modules():
+        if isinstance(module, PackedExperts):
+            chosen = [e for e in module.expert_at if f"{prefix}.{e}.up_proj.weight" in names]
+            module.put_first(chosen)
 
 
 def put_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:

@@ -485,7 +485,7 @@ def load_model(
     check_device(device)
     model, stored = read_checkpoint(local_directory(path), changes)
     materialise(model, device, dtype, experts, split, quantize)
-    targets, packed = model.state_dict(), readers(model)
+    targets, packed = model.state_dict(), readers(model) if quantize else {}
     if model.config.tie_word_embeddings:
         targets.pop("lm_head.weight")
     local = threading.local()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fast.experts import experts_grouped
 from fast.lora import experts_with_lora
-from fast.packed import packed_layers
+from fast.packed import PackedExperts
 from model import Gate, LatentAttention, MoE, Transformer
 
 
@@ -54,7 +54,7 @@ def router_logits_with_lora(gate: Gate, router_logits: Callable, x: Tensor, weig
 def attach_lora(model: Transformer, updates: dict[str, Update]) -> None:
     """Gives the Linears and routers of these names an uninitialised, frozen A and B. Raises
     ValueError for experts that rest packed."""
-    if any(name.startswith(layer) for layer in packed_layers(model) for name in updates):
+    if any(isinstance(module, PackedExperts) for module in model.modules()):
         raise ValueError("LoRA cannot be over quantised experts; it needs quantize empty")
     for name, module in adaptable(model).items():
         if name not in updates:

@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import replace
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import build_model  # noqa: E402
 from data import Rows  # noqa: E402
 from fast.experts import experts_grouped  # noqa: E402
+from fast.packed import PARTS, packed_layers  # noqa: E402
 from lora import remove_lora  # noqa: E402
 from model import ModelConfig, MoE, Transformer, experts_loop  # noqa: E402
 from processes import SingleProcess  # noqa: E402
@@ -81,12 +83,18 @@ TINY = dict(
 )
 
 
-def random_model(config: ModelConfig, device: str, ranks=SingleProcess()) -> Transformer:
+def random_model(
+    config: ModelConfig, device: str, ranks=SingleProcess(), quantize: str = ""
+) -> Transformer:
     """A model with random weights, or the part of a rank."""
-    model = build_model(config, device, split=ranks.split)
+    model = build_model(config, device, split=ranks.split, quantize=quantize)
     torch.manual_seed(ranks.rank)
     for name, p in model.named_parameters():
         p.data.fill_(1.0) if "norm" in name else p.data.normal_(std=0.02)
+    for experts in packed_layers(model).values():
+        for e, part in product(experts.expert_at, PARTS):
+            shape = experts[e].get_submodule(part).weight.shape
+            experts.pack(e, part, torch.empty(shape, device=device).normal_(std=0.02))
     return model
 
 
