@@ -7,6 +7,8 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -50,7 +52,7 @@ class SingleProcess:
     def reduce(self, gradients: dict[str, Tensor]) -> Tensor:
         """Sums the gradients, in place, over the ranks that hold the same parameter. Returns the
         norm of the whole model's gradient."""
-        return nn.utils.get_total_norm(gradients.values())
+        return total_norm(gradients.values())
 
     def saves(self, name: str) -> bool:
         """Returns whether this rank saves the trained tensor of that name."""
@@ -147,6 +149,18 @@ def meet(timeout: float) -> SingleProcess:
     """Returns this process alone, or, if torchrun started it, the ranks that it belongs to."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return ManyProcesses(timeout) if several else SingleProcess()
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Returns the norm of all tensors together, with the bits of `nn.utils.get_total_norm`. That
+    uses one core for tensors in host memory; here threads share them."""
+    tensors = list(tensors)
+    if not tensors or tensors[0].device.type != "cpu":
+        return nn.utils.get_total_norm(tensors)
+    parts = [tensors[i : i + 8] for i in range(0, len(tensors), 8)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        norms = [norm for part in threads.map(torch._foreach_norm, parts) for norm in part]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def own_store(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
