@@ -35,6 +35,7 @@ from select_experts import Scores, choose, collect_scores, describe, read_scores
 from tasks import answer_file, score
 from training.config import TrainConfig, config_parser
 from training.directory import RunDirectory
+from training.host_optimizer import check_host_memory, make_optimizer
 from training.inputs import Inputs, read_inputs
 from training.optimizer import MasterAdamW, learning_rate_at, mark_trained
 from training.plan import plan
@@ -79,7 +80,8 @@ def run(config: TrainConfig, inputs: Inputs, output: RunDirectory, ranks: Single
     # The same on the whole base without data: over ranks, `model` lacks experts of other ranks.
     trained = mark_trained(config, inputs.whole, expert_cfg)
 
-    optimizer = MasterAdamW(parameters, config)
+    ranks.on_all(check_host_memory, parameters, config)
+    optimizer = make_optimizer(parameters, config)
     state = output.resume(optimizer, trained)
     print_start(config, inputs, expert_cfg, trained, state["step"])
     started -= state["seconds"]  # the time of earlier processes counts, too

@@ -61,6 +61,11 @@ class TrainConfig(SelectionConfig):
     gradient_checkpointing: bool = key(True, "layers run again in backward, to save memory")
     compile: bool | None = key(None, "torch.compile of layers (default: on a GPU, if it pays)")
     deterministic: bool = key(True, "same seed and machine, same bits; false: faster on a GPU")
+    optimizer_device: str = key(
+        "",
+        "cpu: AdamW, masters, sums of gradients in host memory; empty: beside weights",
+        choices=("cpu",),
+    )
     overwrite: bool = key(False, "delete what output_dir holds and start anew")
 
     def check(self) -> None:

@@ -98,7 +98,8 @@ def identity(config: TrainConfig, base_fingerprint: str) -> dict:
     """Returns what makes two runs the same run: the keys that change results, the base's weights,
     and the content of the input files."""
     keys = asdict(config)
-    for name in ("overwrite", "device", "log_steps", "output_dir"):  # a run may be moved
+    places = ("device", "optimizer_device", "output_dir")  # a run may be moved
+    for name in ("overwrite", "log_steps", *places):
         del keys[name]
     for name in ("model_config", "quantize"):  # older runs do not know these keys
         if not keys[name]:

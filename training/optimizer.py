@@ -32,7 +32,7 @@ class MasterAdamW:
     def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig):
         self.parameters = parameters
         self.max_grad_norm = config.max_grad_norm
-        self.masters = {name: p.detach().float() for name, p in parameters.items()}
+        self.masters = {name: self.make_master(p) for name, p in parameters.items()}
         matrices = [m for m in self.masters.values() if m.ndim > 1]
         vectors = [m for m in self.masters.values() if m.ndim < 2]  # norms and biases do not decay
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # may be empty
@@ -45,6 +45,10 @@ class MasterAdamW:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
+
+    def make_master(self, p: nn.Parameter) -> Tensor:
+        """Returns `p` in float32; a float32 parameter is its own master."""
+        return p.detach().float()
 
     def accumulate(self) -> None:
         """Adds the parameters' gradients to the masters', in float32, and frees them."""
@@ -83,6 +87,10 @@ class MasterAdamW:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
+        self.copy_masters()
+
+    def copy_masters(self) -> None:
+        """Rounds the masters to the parameters."""
         if self.masters:
             torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
 

@@ -28,7 +28,8 @@ from model import ModelConfig, Transformer
 from processes import SingleProcess
 from select_experts import SelectionConfig
 from training.config import TrainConfig
-from training.optimizer import MasterAdamW, mark_trained
+from training.host_optimizer import host_bytes, make_optimizer
+from training.optimizer import mark_trained
 
 ASSUMED_SHARE = 0.075  # of the experts; the published selection for intent: 124 of 1,664
 GPU_SIZES = (24, 48, 80, 141, 180)  # GB
@@ -105,7 +106,7 @@ def step_bytes(
     known = [*model.parameters(), *model.buffers()]
     stacked = [m for m in model.modules() if isinstance(m, StackedExperts)]
     known += [stack for experts in stacked for stack in (experts.gate_up, experts.down)]
-    optimizer = MasterAdamW(trained, rehearsal)
+    optimizer = make_optimizer(trained, rehearsal)
     alpha = config.balance_weight(model.config)
     # float32 has no grouped product of its own: torch goes through a loop, as ours on a CPU.
     like_gpu = config.device.startswith("cuda") and config.dtype == "bfloat16"
@@ -163,14 +164,16 @@ def plan_rank(
     trained = mark_trained(config, model, expert_cfg)
     count = sum(p.numel() for p in trained.values())
     batches = micro_batches(config.batch_size, config.micro_batch, 0, ranks.world_size)
+    beside = 0 if config.optimizer_device else count  # whose optimizer is on the device
     need = {
         "micro-batches": f"{len(batches)} of {len(batches[0])} rows",
         "held": sum(p.numel() for p in model.parameters()),
         "trained": count,
         "weights": sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
-        "masters": 4 * count if dtype.itemsize < 4 else 0,  # a float32 weight is its own master
-        "moments": 8 * count,
-        "gradients": 4 * count,
+        "masters": 4 * beside if dtype.itemsize < 4 else 0,  # a float32 weight is its own master
+        "moments": 8 * beside,
+        "gradients": 4 * beside,
+        "host": host_bytes(trained) if config.optimizer_device else 0,
     }
     held = need["weights"] + need["masters"] + need["moments"]
     for checkpointing in (True, False):
@@ -246,6 +249,8 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
             gib("  peak of tensors in memory", ("peak", checkpointing)),
             table_row("  fits", [fits(config.device, peak) for peak in peaks]),
         ]
+    if config.optimizer_device:
+        lines.append(gib("host memory of the optimizer", "host"))
     return lines
 
 
