@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from config import read_keys
 from fast.experts import compiled_swiglu, sort_by_expert, sum_slots
 from model import ModelConfig, MoE, Transformer
-from processes import ManyProcesses, SingleProcess
+from processes import ManyProcesses, SingleProcess, total_norm
 from train import compute_gradients, train
 from training.config import TrainConfig, config_parser
 from training.plan import plan
@@ -229,14 +229,15 @@ def is_expert(name: str) -> bool:
 BUCKET = 2**24  # elements that are summed over ranks at a time
 
 
-def sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sums tensors in place over the ranks of a group, many small tensors at once."""
+def sum_over(tensors: list[Tensor], group: dist.ProcessGroup, device: str) -> None:
+    """Sums tensors in place over the ranks of a group, many small tensors at once. The sums are
+    formed on `device`, since nccl does not reach host memory."""
     bucket: list[Tensor] = []
     if group.size() == 1:
         return
 
     def flush() -> None:
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        flat = torch.cat([tensor.flatten().to(device) for tensor in bucket])
         dist.all_reduce(flat, group=group)
         for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
             tensor.copy_(total.view_as(tensor))
@@ -284,13 +285,13 @@ class ExpertParallel(ManyProcesses):
         experts = [g for name, g in gradients.items() if is_expert(name)]
         others = [g for name, g in gradients.items() if not is_expert(name)]
         # An expert's gradient already has the tokens of its replica.
-        sum_over(experts, self.same_experts)
-        sum_over(others, self.world)
+        sum_over(experts, self.same_experts, self.config.device)
+        sum_over(others, self.world, self.config.device)
         # In the norm each parameter counts once.
         total = torch.zeros((), device=self.config.device)
         for held, copies in ((experts, self.replicas), (others, self.world_size)):
             if held:
-                total += nn.utils.get_total_norm(held) ** 2 / copies
+                total += total_norm(held) ** 2 / copies
         return self.sum(total).sqrt()
 
     def saves(self, name: str) -> bool:

@@ -157,6 +157,10 @@ def runs(bases, chats, tmp_path_factory):
             {"expert_config": str(first), "gradient_checkpointing": True},
         ),
         "unreached": (bases["unreached"], {"method": "full"}),
+        "host optimizer": (
+            bases["unreached"],
+            {"shared_experts": True, "experts": "grouped", "optimizer_device": "cpu"},
+        ),
         "small batch": (
             bases["deepseek_v2"],
             {"batch_size": 2, "gradient_accumulation_steps": 1},
@@ -185,7 +189,7 @@ def runs(bases, chats, tmp_path_factory):
 
 
 CASES = [f"{family}.{method}" for family in ("deepseek_v2", "deepseek_v3") for method in METHODS]
-CASES += ["few", "few.checkpointing", "unreached", "small batch"]
+CASES += ["few", "few.checkpointing", "unreached", "host optimizer", "small batch"]
 
 
 @pytest.mark.parametrize("name", CASES)
