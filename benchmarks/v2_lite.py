@@ -40,7 +40,8 @@ from model import ModelConfig, MoE, Transformer, experts_loop  # noqa: E402
 from processes import SingleProcess  # noqa: E402
 from train import be_deterministic, compute_gradients  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
-from training.optimizer import MasterAdamW, mark_trained  # noqa: E402
+from training.host_optimizer import make_optimizer  # noqa: E402
+from training.optimizer import mark_trained  # noqa: E402
 from training.plan import plan_rank  # noqa: E402
 
 V2_LITE = dict(
@@ -199,7 +200,7 @@ class Measured:
         self.model, self.config, self.ranks = model, config, ranks
         self.cfg = published_numbers(model.config) if config.method == "esft" else None
         self.parameters = mark_trained(config, model, self.cfg)
-        self.optimizer = MasterAdamW(self.parameters, config)
+        self.optimizer = make_optimizer(self.parameters, config)
         shape = config.batch_size, config.seq_length
         tokens = torch.randint(0, model.config.vocab_size, shape)
         self.rows = Rows(tokens, tokens, torch.zeros_like(tokens))
