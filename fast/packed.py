@@ -54,10 +54,10 @@ class Fp8:
         values = weight.float() / spread(scale, rows, columns, self.block)
         return [values.to(torch.float8_e4m3fn).view(torch.uint8), scale]
 
-    def unpack(self, codes: Tensor, scale: Tensor, out: Tensor) -> None:
-        """Writes the matrices into out (count, P * rows, columns)."""
-        values = codes.view(torch.float8_e4m3fn)
-        fastest(unpack_fp8, out.device)(values, scale, out.view(codes.shape), self.block)
+    def unpacking(self, codes: Tensor, scale: Tensor, out: Tensor) -> Callable[[], None]:
+        """Returns a function that writes the matrices into out (count, P * rows, columns)."""
+        given = codes.view(torch.float8_e4m3fn), scale, out.view(codes.shape), self.block
+        return partial(fastest(unpack_fp8, out.device), *given)
 
     def keep(self, stored: StoredTensor, codes: Tensor, scale: Tensor, buffer: Tensor) -> bool:
         """Fills codes and scale of one matrix with the bytes of a file, if it has this format."""
@@ -117,10 +117,11 @@ class Nf4:
         high, low = nearest(scale.float()).to(torch.uint8).chunk(2, 1)
         return [high << 4 | low, scale]
 
-    def unpack(self, codes: Tensor, scale: Tensor, out: Tensor) -> None:
-        """See `Fp8.unpack`."""
+    def unpacking(self, codes: Tensor, scale: Tensor, out: Tensor) -> Callable[[], None]:
+        """See `Fp8.unpacking`."""
         out = out.view(*scale.shape, 2, BLOCK // 2)
-        fastest(unpack_nf4, out.device)(codes, scale, out, values_on(out.device))
+        run = fastest(unpack_nf4, out.device)
+        return partial(run, codes, scale, out, values_on(out.device))
 
     def keep(self, *_) -> bool:
         """Returns False: no checkpoint has this format."""
@@ -217,6 +218,13 @@ class PackedExperts(StackedExperts):
             for linear, view in zip(self[e].children(), views):
                 linear.weight = nn.Parameter(view, requires_grad=linear.weight.requires_grad)
         self._index_places()
+        # Kept, because making views in every step is slow. `.data`: for autograd the stacks do not
+        # change after a layer saved them. It is right: when it reads them, they hold its weights.
+        stacks = [stack.data for stack in self.stacks]
+        self.steps = [
+            (self.form.unpacking(*packed, stack), stack[: len(exact)], exact)
+            for packed, stack, exact in zip(self.packed, stacks, self.exact)
+        ]
 
     def rows(self, e: int, part: str) -> list[Tensor]:
         """Returns the codes and the scale of a matrix of expert e."""
@@ -257,7 +265,7 @@ class PackedExperts(StackedExperts):
                 self.stored[e, part].copy_to(weight)
             elif not weight.is_meta:  # a model that was not loaded from files
                 with torch.compiler.set_stance("force_eager"):
-                    self.form.unpack(*(x[None] for x in self.rows(e, part)), weight)
+                    self.form.unpacking(*(x[None] for x in self.rows(e, part)), weight)()
 
     def unpack(self) -> None:
         """Writes this layer's weights into the shared stacks."""
@@ -266,12 +274,10 @@ class PackedExperts(StackedExperts):
         # Where a checkpointed layer runs again, `UnpackAgain` was there just before.
         there = self.shared.holder is self and torch.is_grad_enabled()
         with torch.no_grad():
-            for (codes, scale), exact, stack in zip(self.packed, self.exact, self.stacks):
-                # `.data`: for autograd the stacks did not change since a layer saved them. It is
-                # right, as they hold that layer's weights whenever they are read.
+            for unpack, front, exact in self.steps:
                 if not there:
-                    self.form.unpack(codes, scale, stack.data)
-                stack.data[: len(exact)] = exact
+                    unpack()
+                front.copy_(exact)
         self.shared.holder = self
 
     def unpacked(self, e: int) -> nn.Module | Callable[[Tensor], Tensor]:

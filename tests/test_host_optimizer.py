@@ -170,7 +170,8 @@ def test_the_norm_has_the_bits_of_torch_on_any_number_of_threads(monkeypatch, sh
 def test_two_slots_serve_many_parameters(monkeypatch, dtype):
     """By hand: each gradient is i in the first micro-batch and 2 i in the second."""
     parameters = parameters_of([(3, 4), (7,), (2, 5), (1, 1), (12,)] * 4, dtype)
-    monkeypatch.setattr(host_optimizer, "SLOT_BYTES", 1)
+    monkeypatch.setattr(host_optimizer, "SLOTS", 2)
+    monkeypatch.setattr(host_optimizer, "SLOT_ELEMENTS", 20)
     optimizer = host_adamw(parameters)
     assert optimizer.free.qsize() == 2
 
@@ -179,6 +180,7 @@ def test_two_slots_serve_many_parameters(monkeypatch, dtype):
             for factor in (1.0, 2.0):
                 loss = sum(factor * int(n) * p.float().sum() for n, p in parameters.items())
                 loss.backward()
+                optimizer.accumulate()
                 assert all(p.grad is None for p in parameters.values())
             for n, gradient in optimizer.gradients.items():
                 assert gradient.dtype == torch.float32 and (gradient == 3 * int(n)).all()
@@ -210,11 +212,11 @@ def test_the_sums_of_a_step_are_those_of_the_next():
 
 def test_an_error_of_the_worker_is_raised_and_nothing_waits(monkeypatch):
     parameters = parameters_of([(3, 4)] * 9)
-    monkeypatch.setattr(host_optimizer, "SLOT_BYTES", 1)
+    monkeypatch.setattr(host_optimizer, "SLOT_ELEMENTS", 1)
     optimizer, raised = host_adamw(parameters), []
 
-    def fail(name, gradient):
-        raise RuntimeError(f"no sum of {name}")
+    def fail(names, gradients):
+        raise RuntimeError(f"no sum of {names}")
 
     monkeypatch.setattr(optimizer, "add", fail)
 
@@ -233,11 +235,11 @@ def test_an_error_of_the_worker_is_raised_and_nothing_waits(monkeypatch):
 
 
 def test_slots_are_few_and_fit_the_largest_parameter(monkeypatch):
-    parameters = parameters_of([(10, 10), (30,), (4, 5)])  # 200, 60, 40 bytes
-    for allowed, count in ((2**29, 3), (450, 2), (50, 2)):  # as many as parameters; as fit; two
-        monkeypatch.setattr(host_optimizer, "SLOT_BYTES", allowed)
-        assert host_bytes(parameters) == 16 * 150 + 200 * count
-        assert [slot.nbytes for slot in host_adamw(parameters).free.queue] == [200] * count
+    parameters = parameters_of([(10, 10), (30,), (4, 5)])
+    for allowed, size in ((2**26, 150), (120, 120), (50, 100)):  # all; as allowed; the largest
+        monkeypatch.setattr(host_optimizer, "SLOT_ELEMENTS", allowed)
+        assert host_bytes(parameters) == 16 * 150 + 8 * 2 * size
+        assert [slot.nbytes for slot in host_adamw(parameters).free.queue] == [2 * size] * 8
     optimizer = host_adamw({})  # a rank may train nothing
     assert optimizer.gradients == {} and total_norm([]) == 0
     optimizer.step(0.1)
@@ -339,8 +341,11 @@ def test_planned_bytes_are_those_of_a_real_step(checkpoint, experts, checkpointi
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_plan_says_what_host_and_device_need(checkpoint, chat_file, tmp_path, host, dtype):
+def test_a_plan_says_what_host_and_device_need(
+    checkpoint, chat_file, tmp_path, host, dtype, monkeypatch
+):
     host(0)  # a plan runs anywhere
+    monkeypatch.setattr(host_optimizer, "SLOT_ELEMENTS", 1)
     base, plans = load_model(checkpoint).config, {}
     for device in ("", "cpu"):
         changes = {"optimizer_device": device, "dtype": dtype, "expert_config": ""}
