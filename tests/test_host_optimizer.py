@@ -361,6 +361,7 @@ def test_a_plan_says_what_host_and_device_need(
     rest = beside["masters"] + beside["moments"]
     for checkpointing in (True, False):
         saved = beside["peak", checkpointing] - on_host["peak", checkpointing]
-        assert rest + beside["gradients"] <= saved <= rest + beside["gradients"] + 4 * count
+        # Of the gradients, those of the largest parameter may wait for their copy.
+        assert rest + 2 * count < saved <= rest + beside["gradients"] + 4 * count
         activations = on_host["activations", checkpointing]
         assert on_host["peak", checkpointing] == on_host["weights"] + activations

@@ -1,0 +1,130 @@
+"""The whole job of a small card at full size: a checkpoint of DeepSeek-V2-Lite's shape on disk, scores,
+selection, training, adapter, evaluation, under a hard limit of GPU memory.
+
+    python benchmarks/full_path.py --directory DIR --tokenizer DIR --data FILE --prompts FILE
+    python benchmarks/full_path.py --tiny             # the same code on a CPU, in seconds
+
+Random bfloat16 weights are written to --directory first (31.4 GB). The run is train.py's with the
+paper's keys, experts in nf4 and the optimizer in host memory, in 32 micro-batches of one row of
+4096 tokens, for 10 steps, evaluated on 64 prompts before and after. --limit GiB is what
+torch.cuda.set_per_process_memory_fraction allows. Prints time and peak of GPU memory of each stage,
+the peak of host memory, and one JSON line."""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train as trainer  # noqa: E402
+from benchmarks.load import proc_mib, write_checkpoint  # noqa: E402
+from benchmarks.v2_lite import TINY, V2_LITE, empty_memory, peak_gib, print_conditions  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+
+STAGES = ("load_model", "evaluate", "score_experts", "mark_trained", "loop", "load_adapter")
+
+
+def timed(name: str, function, device: str, stages: list[dict]):
+    """Returns `function`, with a record of each call's time and peak."""
+
+    def call(*args, **options):
+        empty_memory(device)
+        begin = time.perf_counter()
+        result = function(*args, **options)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds, own = time.perf_counter() - begin, proc_mib("/proc/self/status")
+        stages.append({"stage": name, "seconds": round(seconds, 1)})
+        stages[-1] |= {"gpu_peak_gib": round(peak_gib(device), 2)}
+        stages[-1] |= {"host_gib": round(own["VmRSS"] / 1024, 2)}
+        print("stage", json.dumps(stages[-1]), flush=True)
+        return result
+
+    return call
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--directory", help="where the checkpoint and the run are written")
+    parser.add_argument("--tokenizer", default=str(ROOT / "demo/base"), help="its directory")
+    parser.add_argument("--data", default=str(ROOT / "demo/data/intent_train.jsonl"))
+    parser.add_argument("--prompts", default=str(ROOT / "demo/data/intent_test.jsonl"))
+    parser.add_argument("--limit", type=float, default=20.0, help="GiB (default: 20)")
+    parser.add_argument("--quantize", default="nf4", help="fp8 or nf4 (default)")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    return parser
+
+
+def main() -> None:
+    args = command_line().parse_args()
+    device, fields = "cuda", V2_LITE
+    if args.tiny:
+        device, fields, args.steps = "cpu", V2_LITE | TINY | {"vocab_size": 1024}, 2
+    made = print_conditions(device)
+    folder = Path(args.directory or tempfile.mkdtemp())
+    base, run = folder / "base", folder / "run"
+    base.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    written = write_checkpoint(base, fields, device)
+    print(f"wrote {written:,} bytes in {time.perf_counter() - begin:.0f} s", flush=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(args.tokenizer) / name, base)
+    prompts = folder / "prompts.jsonl"
+    lines = Path(args.prompts).read_text().splitlines(keepends=True)
+    prompts.write_text("".join(lines[: 2 if args.tiny else 64]))
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.limit * 2**30 / total)
+    config = TrainConfig(
+        model=str(base),
+        data=args.data,
+        output_dir=str(run),
+        chat_format="deepseek_v2",
+        eval_sets=[f"intent:{prompts}"],
+        seq_length=64 if args.tiny else 4096,
+        batch_size=2 if args.tiny else 32,
+        gradient_accumulation_steps=2 if args.tiny else 32,
+        n_sample_tokens=500 if args.tiny else 2**17,
+        max_new_tokens=4 if args.tiny else 256,
+        steps=args.steps,
+        log_steps=1,
+        device=device,
+        dtype="bfloat16",
+        compile=not args.tiny,
+        quantize=args.quantize,
+        optimizer_device="cpu",
+    )
+    config.check()
+    stages: list[dict] = []
+    for name in STAGES:
+        setattr(trainer, name, timed(name, getattr(trainer, name), device, stages))
+    begin = time.perf_counter()
+    results = trainer.train(config)
+    seconds = time.perf_counter() - begin
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    host = proc_mib("/proc/self/status")["VmHWM"] / 1024
+    print(f"{'stage':<14} {'seconds':>8} {'GPU GiB':>8} {'host GiB':>9}")
+    for row in stages:
+        print("{stage:<14} {seconds:>8} {gpu_peak_gib:>8} {host_gib:>9}".format(**row))
+    print(f"in all {seconds:.1f} s; peak of host memory {host:.1f} GiB; files:")
+    for path in sorted(run.rglob("*.safetensors")):
+        print(f"  {path.relative_to(run)} {path.stat().st_size:,} bytes")
+    made |= {"limit_gib": args.limit, "quantize": args.quantize, "stages": stages}
+    made |= {"seconds": round(seconds, 1), "host_peak_gib": round(host, 1)}
+    made |= {"steps": [{k: r[k] for k in ("loss", "tokens_per_second")} for r in records]}
+    made |= {name: results[name] for name in ("trained_parameters", "adapter_bytes")}
+    print(json.dumps({"benchmark": "full_path", **made}))
+
+
+if __name__ == "__main__":
+    main()
