@@ -353,7 +353,9 @@ def main() -> None:
     try:
         config = read_keys(TrainConfig, arguments, arguments.config)
         if arguments.plan:
-            print(plan(config, compute_gradients))
+            del arguments.plan
+            given = {name: v for name, v in vars(arguments).items() if v is not None}
+            print(plan(config, compute_gradients, given=given))
             return
         results = train(config)
         written = report(config)

@@ -1,10 +1,9 @@
-"""What a run needs in memory, and what ranks exchange, without loading it: `--plan`.
+"""What a run needs in memory, without loading it: `--plan`.
 
 `compute_gradients` itself runs here, on tensors without data, and the bytes that it allocates are
 counted. Which ranks there are comes from train_ep.py.
 """
 
-import os
 import re
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,22 +20,27 @@ from tqdm import tqdm
 from adapter import everything, read_expert_cfg
 from checkpoint import build_model, local_directory, read_config
 from data import Rows, micro_batches
-from fast import StackedExperts
 from fast.device import meta_as_gpu
+from fast.packed import QUANTIZATIONS, memory, quantize
 from files import read_json
 from model import ModelConfig, Transformer
 from processes import SingleProcess
 from select_experts import SelectionConfig
+from training.cards import (
+    Need,
+    choice_lines,
+    command_lines,
+    fits,
+    ordered_choices,
+    rank_lines,
+)
 from training.config import TrainConfig
+from training.exchange import exchange_lines
 from training.host_optimizer import host_bytes, make_optimizer
 from training.optimizer import mark_trained
+from training.table import size_text, table_row
 
 ASSUMED_SHARE = 0.075  # of the experts; the published selection for intent: 124 of 1,664
-GPU_SIZES = (24, 48, 80, 141, 180)  # GB
-LINKS = {"NVLink 4": 450, "400 Gbit/s a GPU": 50}  # GB/s one way
-# A second: measured for whole steps of the V2-Lite job on an H200 (docs/several_gpus.md).
-FLOPS = 350e12
-OVERHEAD = 1.5 * 2**30  # what CUDA, its libraries and the allocator's gaps take beside tensors
 
 
 class FlashAttention(torch.autograd.Function):
@@ -103,9 +107,6 @@ def step_bytes(
     rows = Rows(*[torch.zeros(count, config.seq_length, dtype=torch.int64)] * 3)
     steps = count // config.micro_batch
     rehearsal = replace(config, device="meta", gradient_accumulation_steps=steps, compile=False)
-    known = [*model.parameters(), *model.buffers()]
-    stacked = [m for m in model.modules() if isinstance(m, StackedExperts)]
-    known += [stack for experts in stacked for stack in (experts.gate_up, experts.down)]
     optimizer = make_optimizer(trained, rehearsal)
     alpha = config.balance_weight(model.config)
     # float32 has no grouped product of its own: torch goes through a loop, as ours on a CPU.
@@ -113,7 +114,7 @@ def step_bytes(
     with (
         meta_as_gpu(like_gpu),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
-        Allocations([*known, *optimizer.masters.values()]) as allocations,
+        Allocations([*memory(model), *optimizer.masters.values()]) as allocations,
     ):
         compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
     return allocations.peak
@@ -160,17 +161,29 @@ def plan_rank(
 ) -> dict:
     """Returns what a rank holds and needs, in parameters and bytes."""
     dtype = getattr(torch, config.dtype)
-    model = build_model(model_config, "meta", dtype, config.experts, ranks.split)
+    model = build_model(model_config, "meta", dtype, config.experts, ranks.split, config.quantize)
     trained = mark_trained(config, model, expert_cfg)
+    return plan_model(config, model, trained, ranks, compute_gradients)
+
+
+def plan_model(
+    config: TrainConfig,
+    model: Transformer,
+    trained: dict[str, nn.Parameter],
+    ranks: SingleProcess,
+    compute_gradients: Callable,
+) -> dict:
+    """Returns `plan_rank` for a model that is there."""
     count = sum(p.numel() for p in trained.values())
     batches = micro_batches(config.batch_size, config.micro_batch, 0, ranks.world_size)
     beside = 0 if config.optimizer_device else count  # whose optimizer is on the device
+    float32 = config.dtype == "float32"
     need = {
         "micro-batches": f"{len(batches)} of {len(batches[0])} rows",
         "held": sum(p.numel() for p in model.parameters()),
         "trained": count,
-        "weights": sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
-        "masters": 4 * beside if dtype.itemsize < 4 else 0,  # a float32 weight is its own master
+        "weights": weight_bytes(model),
+        "masters": 0 if float32 else 4 * beside,  # a float32 weight is its own master
         "moments": 8 * beside,
         "gradients": 4 * beside,
         "host": host_bytes(trained) if config.optimizer_device else 0,
@@ -184,14 +197,56 @@ def plan_rank(
     return need
 
 
+def weight_bytes(model: Transformer) -> int:
+    return sum(x.untyped_storage().nbytes() for x in memory(model))
+
+
+def plan_choices(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    expert_cfg: dict | None,
+    ranks: SingleProcess,
+    compute_gradients: Callable,
+) -> dict[tuple[str, str], dict]:
+    """Returns `plan_rank` for each quantize and optimizer_device that the config can have. Steps
+    are rehearsed with unpacked experts only: packed ones differ in the weights, not in the step."""
+    dtype = getattr(torch, config.dtype)
+    model = build_model(model_config, "meta", dtype, config.experts, ranks.split)
+    trained = mark_trained(config, model, expert_cfg)
+    # Beside a CPU the optimizer is in host memory anyway. "cpu" is last: its hooks remain.
+    places = ("", "cpu") if config.device.startswith("cuda") else (config.optimizer_device,)
+    needs = {}
+    for place in places:
+        placed = replace(config, optimizer_device=place)
+        needs["", place] = plan_model(placed, model, trained, ranks, compute_gradients)
+    for kind in QUANTIZATIONS if config.method == "esft" else ():
+        try:
+            quantize(model, kind)
+        except ValueError:  # its sizes cannot be packed so
+            if kind == config.quantize:
+                raise
+            continue
+        mark_trained(config, model, expert_cfg)
+        for place in places:
+            needs[kind, place] = with_weights(needs["", place], weight_bytes(model))
+    return needs
+
+
+def with_weights(need: dict, weights: int) -> dict:
+    more = weights - need["weights"]
+    peaks = {key: need[key] + more for key in need if key[0] == "peak"}
+    return need | peaks | {"weights": weights}
+
+
 def plan(
     config: TrainConfig,
     compute_gradients: Callable,
     rehearse: Callable[[ModelConfig, dict | None], list] | None = None,
+    given: dict | None = None,
 ) -> str:
-    """Returns a table of what the run needs, from the checkpoint's config.json alone. `rehearse`
+    """Returns tables of what the run needs, from the checkpoint's config.json alone. `rehearse`
     returns the ranks of each column for the base's config and an expert_cfg; without it there is
-    one process."""
+    one process, and `given` are the flags of its command line."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise ValueError(f"device is {config.device!r}; must be cpu or cuda")
     base = local_directory(config.model, files=["config.json"])
@@ -204,7 +259,15 @@ def plan(
     if not trained:
         raise ValueError(f"{config.expert_config}: selects nothing to train")
     progress = tqdm(columns, desc="plan", unit="column", leave=False, disable=None)
-    needs = [plan_rank(config, model_config, expert_cfg, c, compute_gradients) for c in progress]
+    given_to_all = config, model_config, expert_cfg
+    planned = [plan_choices(*given_to_all, ranks, compute_gradients) for ranks in progress]
+    needs = [needs[config.quantize, config.optimizer_device] for needs in planned]
+    choices = [ordered_choices(needs) for needs in planned]
+    if rehearse:
+        advice = rank_lines(config, columns, choices)
+        advice += exchange_lines(config, model_config, columns)
+    else:
+        advice = command_lines(config, choices[0], given or {})
     count = sum(p.numel() for p in trained.values())
     adapter = size_text(count * getattr(torch, config.dtype).itemsize)
     steps = f"{config.batch_size} rows of {config.seq_length} tokens"
@@ -213,8 +276,9 @@ def plan(
         f"steps of {steps}; device {config.device}",
         "",
         *table(config, columns, needs),
+        *choice_lines(config, columns, choices),
         "* as in this config",
-        *(exchange_lines(config, model_config, columns) if rehearse else []),
+        *advice,
         "",
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
         "which two are kept and a third is written",
@@ -235,14 +299,14 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
         table_row("parameters held", [f"{need['held']:,}" for need in needs]),
         table_row("  trained", [f"{need['trained']:,}" for need in needs]),
         table_row("  frozen", [f"{need['held'] - need['trained']:,}" for need in needs]),
-        gib(f"weights, {config.dtype}", "weights"),
+        gib(f"weights, {config.quantize or config.dtype}", "weights"),
         gib("master weights, float32", "masters"),
         gib("AdamW's moments, float32", "moments"),
         gib("gradients, float32", "gradients"),
     ]
     for checkpointing, said in ((True, "with"), (False, "without")):
         used = " *" if checkpointing == config.gradient_checkpointing else ""
-        peaks = [need["peak", checkpointing] for need in needs]
+        peaks = [Need(need["peak", checkpointing], need["host"]) for need in needs]
         lines += [
             f"{said} gradient checkpointing:{used}",
             gib("  activations and what else a step holds", ("activations", checkpointing)),
@@ -252,79 +316,3 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
     if config.optimizer_device:
         lines.append(gib("host memory of the optimizer", "host"))
     return lines
-
-
-def table_row(label: str, cells: Iterable[str]) -> str:
-    return (f"{label:<44}" + "".join(f"{cell:>18}" for cell in cells)).rstrip()
-
-
-def size_text(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
-
-
-def fits(device: str, need: int) -> str:
-    """Returns whether `need` bytes fit the device, or which GPU is large enough if none is here."""
-    if not device.startswith("cuda"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    elif torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(device).total_memory
-        need += OVERHEAD
-    else:
-        enough = [size for size in GPU_SIZES if need + OVERHEAD <= size * 1e9]
-        return f"GPU of {enough[0]} GB" if enough else f"no GPU to {GPU_SIZES[-1]} GB"
-    return f"{memory / 2**30:.0f} GiB: {'yes' if need <= memory else 'NO'}"
-
-
-def step_flops(config: TrainConfig, base: ModelConfig) -> float:
-    """Returns the floating-point operations of a token in a step: forward (twice with
-    checkpointing) and backward, without the weight gradients of the few trained experts."""
-    linear = sum(
-        p.numel()
-        for name, p in build_model(base, "meta").named_parameters()
-        if ".mlp.experts." not in name and "embed_tokens" not in name
-    )
-    expert = 3 * base.hidden_size * base.moe_intermediate_size
-    linear += len(base.moe_layers) * base.num_experts_per_tok * expert
-    heads = 2 * base.rotary_dim  # of queries and of values, in model_type deepseek
-    if base.model_type != "deepseek":
-        heads = base.qk_nope_head_dim + base.qk_rope_head_dim + base.v_head_dim
-    # A query sees half of the row, on average.
-    seen = base.num_hidden_layers * base.num_attention_heads * heads * config.seq_length / 2
-    forwards = 2 if config.gradient_checkpointing else 1
-    return 2 * (linear * (forwards + 1) + seen * (forwards + 2.5))
-
-
-def exchange_lines(
-    config: TrainConfig, base: ModelConfig, columns: list[SingleProcess]
-) -> list[str]:
-    """Returns lines of a plan. Each of `columns` has a world_size and an ep_size."""
-    size = getattr(torch, config.dtype).itemsize
-    ways = 6 if config.gradient_checkpointing else 4
-    layers, K = len(base.moe_layers), base.num_experts_per_tok
-    sizes = config.batch_size, config.micro_batch
-    batches = [micro_batches(*sizes, 0, c.world_size) for c in columns]
-    tokens = [len(parts[0]) * config.seq_length for parts in batches]
-    slots = [n * K * (c.ep_size - 1) // c.ep_size for n, c in zip(tokens, columns)]
-    way = [count * base.hidden_size * size for count in slots]
-    step = [n * ways * layers * len(parts) for n, parts in zip(way, batches)]
-    rows = {
-        "exchange of one rank: ep_size": [str(c.ep_size) for c in columns],
-        "tokens of a micro-batch": [f"{n:,}" for n in tokens],
-        f"x {K} experts, those on other ranks": [f"{n:,}" for n in slots],
-        f"x {base.hidden_size} x {size} bytes: one way": map(size_text, way),
-        f"x {ways} ways: a layer and micro-batch": [size_text(n * ways) for n in way],
-        f"x {layers} layers x micro-batches: a step": map(size_text, step),
-    }
-    again = " (twice, as layers are computed again)" if ways == 6 else ""
-    notes = [f"ways: tokens to their experts and back{again}, gradients to them and back"]
-    if config.device.startswith("cuda"):
-        flops = step_flops(config, base)
-        seconds = [n * len(parts) * flops / FLOPS for n, parts in zip(tokens, batches)]
-        shown = [f"{s:.2f} s" for s in seconds]
-        rows[f"arithmetic of a step at {FLOPS / 1e12:.0f} TFLOP/s"] = shown
-        for name, speed in LINKS.items():
-            taken = [n / speed / 1e9 for n in step]
-            shown = [f"{t:.2f} s, {t / (t + s):.0%}" for t, s in zip(taken, seconds)]
-            rows[f"exchange at {speed} GB/s ({name})"] = shown
-        notes.append("%: of exchange and arithmetic in turns; shared experts overlap")
-    return ["", *(table_row(label, cells) for label, cells in rows.items()), *notes]

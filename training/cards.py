@@ -1,0 +1,187 @@
+"""Which card a run fits, and which keys of the config make it fit."""
+
+import os
+import shlex
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from processes import SingleProcess
+from training.config import TrainConfig
+from training.table import size_text, table_row
+
+# GB in a card's name -> GiB that programs find there, rounded down: the "total capacity" in public
+# reports of torch.OutOfMemoryError, the least where cards differ. 16: RTX 5060 Ti; 24: A10, L4 with
+# ECC (RTX 4090: 23.5); 32: RTX 5090; 40, 80: A100; 48: L40S with ECC; 141: H200; 180: B200.
+CARDS = {16: 15.4, 24: 22.0, 32: 31.3, 40: 39.3, 48: 44.3, 80: 79.1, 141: 139.7, 180: 178.3}
+CARDS_OF_RANKS = (80, 141)  # those of hosts with several
+# What CUDA, its libraries and the allocator's gaps take beside tensors: up to 1.5 on an H100.
+OVERHEAD = 1.5 * 2**30
+
+
+class Choice(NamedTuple):
+    """The keys that trade exactness or speed for memory, as in a config."""
+
+    quantize: str
+    gradient_checkpointing: bool
+    optimizer_device: str
+
+    def changes(self, config: TrainConfig) -> dict[str, str]:
+        """Returns the flags that turn `config` into this choice."""
+        mine = self._asdict().items()
+        return {name: str(v).lower() for name, v in mine if v != getattr(config, name)}
+
+
+class Need(NamedTuple):
+    """Bytes."""
+
+    device: int  # the peak of tensors
+    host: int  # the optimizer's part
+
+
+Choices = dict[Choice, Need]  # the best first
+
+
+def ordered_choices(needs: dict[tuple[str, str], dict]) -> Choices:
+    """Returns what each choice needs. `needs` are by quantize and optimizer_device, the best first.
+    An exact choice is better than a packed one, which rounds weights; the other keys cost time."""
+    kinds, places = (list(dict.fromkeys(values)) for values in zip(*needs))
+    return {
+        Choice(kind, checkpointing, place): Need(
+            needs[kind, place]["peak", checkpointing], needs[kind, place]["host"]
+        )
+        for kind in kinds
+        for checkpointing in (False, True)
+        for place in places
+    }
+
+
+def needed(device: str, need: Need) -> float:
+    """Returns the bytes that the device must have. A CPU's memory is the host's."""
+    return need.device + (OVERHEAD if device.startswith("cuda") else need.host)
+
+
+def memory_here(device: str) -> dict[str, int]:
+    """Returns the bytes of the device by its name, if it is here."""
+    if not device.startswith("cuda"):
+        name, size = "this machine (", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elif torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(device)
+        name, size = f"this card ({card.name}, ", card.total_memory
+    else:
+        return {}
+    return {f"{name}{size / 2**30:.0f} GiB)": size}
+
+
+def smallest_card(need: Need) -> int | None:
+    """Returns the GB of the smallest card that takes it."""
+    enough = (gb for gb, gib in CARDS.items() if needed("cuda", need) <= gib * 2**30)
+    return next(enough, None)
+
+
+def fits(device: str, need: Need) -> str:
+    """Returns whether it fits the device, or which GPU is large enough if none is here."""
+    for memory in memory_here(device).values():
+        return f"{memory / 2**30:.0f} GiB: {'yes' if needed(device, need) <= memory else 'NO'}"
+    card = smallest_card(need)
+    return f"GPU of {card} GB" if card else f"no GPU to {max(CARDS)} GB"
+
+
+def card_text(device: str, need: Need) -> str:
+    if not device.startswith("cuda"):
+        return fits(device, need)
+    card = smallest_card(need)
+    return f"{card} GB" if card else "none"
+
+
+# ------------------------------------------------------------------------------------------
+# Lines of a plan
+
+
+def choice_lines(
+    config: TrainConfig, ranks: list[SingleProcess], columns: list[Choices]
+) -> list[str]:
+    """Returns a table of the choices. Each number of ranks is a column, if there are several."""
+    heads = [f"{each.world_size} ranks" for each in ranks]
+    if len(ranks) == 1:
+        heads = ["peak", "host memory", "fits"]
+    lines = ["", table_row("quantize  checkpointing  optimizer_device", heads)]
+    for choice, need in columns[0].items():
+        kind, checkpointing, place = choice
+        used = "" if choice.changes(config) else "*"
+        words = kind or "-", "yes" if checkpointing else "no", place or "-", used
+        label = "{:<10}{:<15}{:<17}{}".format(*words)
+        if len(ranks) == 1:
+            host = size_text(need.host) if need.host else "-"
+            cells = [size_text(need.device), host, card_text(config.device, need)]
+        else:
+            needs = [column[choice] for column in columns]
+            cells = [f"{n.device / 2**30:.1f} GiB: {card_text(config.device, n)}" for n in needs]
+        lines.append(table_row(label, cells))
+    hosts = [max(need.host for need in column.values()) for column in columns]
+    if len(ranks) > 1 and any(hosts):
+        label = "host memory of a rank, optimizer_device cpu"
+        lines.append(table_row(label, map(size_text, hosts)))
+    return lines
+
+
+def command_lines(config: TrainConfig, choices: Choices, given: dict) -> list[str]:
+    """Returns the command with the best choice for the device here, or for each size of cards.
+    `given` are the flags of the present command."""
+    lines, before = ["", "the most exact choice that fits, and of these the fastest:"], ""
+    for name, memory in memories(config.device, CARDS).items():
+        text = f"nothing fits; {less(config, 1)}, or several GPUs (train_ep.py --plan 2 4 8)"
+        if choice := best(choices, config.device, memory):
+            flags = given | choice.changes(config)
+            text = shlex.join(["python", "train.py", *words_of(flags)])
+        if text != before:  # else a smaller card is enough
+            lines.append(f"{name}: {text}")
+        before = text
+    return lines
+
+
+def rank_lines(
+    config: TrainConfig, ranks: list[SingleProcess], columns: list[Choices]
+) -> list[str]:
+    """Returns the smallest number of ranks that fits the device here, or each size of cards of
+    hosts with several, and the flags of its best choice."""
+    most = max(each.world_size for each in ranks)
+    lines = ["", "the fewest of these ranks that fit; for them the most exact, then the fastest:"]
+    for name, memory in memories(config.device, CARDS_OF_RANKS).items():
+        found = {
+            each.world_size: choice
+            for each, choices in zip(ranks, columns)
+            if (choice := best(choices, config.device, memory))
+        }
+        if found:
+            flags = shlex.join(words_of(found[min(found)].changes(config)))
+            text = f"{min(found)} ranks, {f'with {flags}' if flags else 'as in this config'}"
+        else:
+            text = f"nothing fits; {less(config, most)}, or more ranks"
+        lines.append(f"{name}: {text}")
+    return lines
+
+
+def memories(device: str, cards: Iterable[int]) -> dict[str, float]:
+    """Returns the bytes of the device here, or of each of `cards`, by name."""
+    return memory_here(device) or {f"{gb} GB": CARDS[gb] * 2**30 for gb in cards}
+
+
+def best(choices: Choices, device: str, memory: float) -> Choice | None:
+    return next((c for c, need in choices.items() if needed(device, need) <= memory), None)
+
+
+def words_of(flags: dict[str, str | list[str]]) -> list[str]:
+    """Returns flags as words of a command line."""
+    lists = {name: [v] if isinstance(v, str) else v for name, v in flags.items()}
+    return [word for name, values in lists.items() for word in (f"--{name}", *values)]
+
+
+def less(config: TrainConfig, ranks: int) -> str:
+    """Returns what makes a step of so many ranks smaller."""
+    shorter = "a shorter --seq_length"
+    if config.micro_batch <= ranks:
+        return shorter
+    steps = config.batch_size // ranks
+    return f"fewer rows a micro-batch (--gradient_accumulation_steps {steps}), {shorter}"
