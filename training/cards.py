@@ -12,8 +12,9 @@ from training.config import TrainConfig
 from training.table import size_text, table_row
 
 # GB in a card's name -> GiB that programs find there, rounded down: the "total capacity" in public
-# reports of torch.OutOfMemoryError, the least where cards differ. 16: RTX 5060 Ti; 24: A10, L4 with
-# ECC (RTX 4090: 23.5); 32: RTX 5090; 40, 80: A100; 48: L40S with ECC; 141: H200; 180: B200.
+# reports of torch.OutOfMemoryError, the least where cards with bfloat16 differ. 16: RTX 5080; 24:
+# A10, L4 with ECC (RTX 4090: 23.5); 32: RTX 5090; 40, 80: A100; 48: L40S with ECC; 141: H200; 180:
+# B200.
 CARDS = {16: 15.4, 24: 22.0, 32: 31.3, 40: 39.3, 48: 44.3, 80: 79.1, 141: 139.7, 180: 178.3}
 CARDS_OF_RANKS = (80, 141)  # those of hosts with several
 # What CUDA, its libraries and the allocator's gaps take beside tensors: up to 1.5 on an H100.
