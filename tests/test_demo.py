@@ -70,6 +70,7 @@ BENCHMARKS = [
     "decode.py",
     "load.py",
     "demo_step.py",
+    "quantized.py",
     "compare_methods.py tune --methods esft lora",
 ]
 # One process runs them all: to import torch and transformers takes longer than most of them.
