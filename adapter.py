@@ -167,6 +167,7 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
                 tensor.copy_to(parameters[name])
     except BaseException:
         remove_adapter(model)
+        hold_exactly(model, [])  # also where reading ended before anything was replaced
         raise
 
 
