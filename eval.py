@@ -162,9 +162,10 @@ class Evaluation:
             return f"{self.file}: was not written by such a command"
         made = [entry.get("identity", {})] if entry else []
         for theirs in [*made, *(objects_in(part)[0] for part in self.parts())]:
-            for name, mine in self.identity.items():
-                if theirs.get(name) != mine:
-                    values = f"({theirs.get(name)!r:.60}, now {mine!r:.60})"
+            for name in {**self.identity, **theirs}:
+                old, new = theirs.get(name), self.identity.get(name)
+                if old != new:
+                    values = f"({old!r:.60}, now {new!r:.60})"
                     return f"{self.file}: was made with another {name} {values}"
         return ""
 

@@ -221,9 +221,14 @@ def test_what_another_model_or_command_made_is_refused(
     for option, value, name in (
         ("--dtype", "bfloat16", "dtype"),
         ("--model_config", "num_experts_per_tok=1", "model_config"),
+        ("--quantize", "nf4", "quantize"),
     ):
         with pytest.raises(SystemExit, match=f"was made with another {name} "):
             run(monkeypatch, *args, option, value)
+        changed = arguments(checkpoint, data, tmp_path / name, tasks=["exact"])
+        run(monkeypatch, *changed, option, value)
+        with pytest.raises(SystemExit, match=f"was made with another {name} "):
+            run(monkeypatch, *changed)
     template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     for name, content in (
         ("tokenizer_config.json", (checkpoint / "tokenizer_config.json").read_text() + " "),
