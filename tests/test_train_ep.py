@@ -161,6 +161,11 @@ def runs(bases, chats, tmp_path_factory):
             bases["unreached"],
             {"shared_experts": True, "experts": "grouped", "optimizer_device": "cpu"},
         ),
+        "fp8": (
+            bases["unreached"],
+            {"quantize": "fp8", "gradient_checkpointing": True, "shared_experts": True},
+        ),
+        "nf4": (bases["deepseek_v2"], {"quantize": "nf4", "experts": "loop"}),
         "small batch": (
             bases["deepseek_v2"],
             {"batch_size": 2, "gradient_accumulation_steps": 1},
@@ -189,7 +194,7 @@ def runs(bases, chats, tmp_path_factory):
 
 
 CASES = [f"{family}.{method}" for family in ("deepseek_v2", "deepseek_v3") for method in METHODS]
-CASES += ["few", "few.checkpointing", "unreached", "host optimizer", "small batch"]
+CASES += ["few", "few.checkpointing", "unreached", "host optimizer", "fp8", "nf4", "small batch"]
 
 
 @pytest.mark.parametrize("name", CASES)
