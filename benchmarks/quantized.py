@@ -1,6 +1,6 @@
 """What experts that rest in 8 or 4 bits cost in quality, on the demo's base.
 
-    python benchmarks/quantized.py           # 15 minutes on one or two cores
+    python benchmarks/quantized.py           # half an hour on one core
     python benchmarks/quantized.py --tiny    # the same code in seconds
 
 The base has 4 million trained parameters, so weights and routing are those of a real model. For
@@ -9,10 +9,10 @@ The base has 4 million trained parameters, so weights and routing are those of a
 - errors of the base, each as the norm of the difference over the norm without quantisation: of the
   weights of all routed experts, of the logits at the answers of the test files; and the mean loss
   of these answers, over tokens. Before training, `intent` is a format that the base does not know;
-- the demo's whole run (configs/demo.toml) for three seeds: the error of the experts' scores, which
-  experts are selected (how many are in both selections, over how many are in either), scores of
-  the task and of the general skills before and after, mean and population standard deviation. The
-  last column pair evaluates the adapter over the base in float32, as most people will use it.
+- the demo's whole run (configs/demo.toml) for three seeds: the error of the experts' scores; how
+  many experts are in both selections, over how many are in either; and the scores of the task and
+  of the general skills before and after, as mean and population standard deviation. The last two
+  columns evaluate the adapter over the base in float32, as most people will use it.
 
 Prints its conditions, two tables, and one JSON line. Writes that line's content to --output."""
 
