@@ -17,7 +17,7 @@ import train as trainer
 from checkpoint import build_model, load_model, read_config
 from config import read_keys
 from data import Rows
-from fast.packed import Fp8, Nf4, memory
+from fast.packed import PackedExperts, memory
 from processes import SingleProcess
 from train import compute_gradients
 from train_ep import Rehearsal, plan_ranks
@@ -26,7 +26,8 @@ from training.cards import Choice, Need, ordered_choices, smallest_card
 from training.config import TrainConfig
 from training.host_optimizer import make_optimizer
 from training.optimizer import mark_trained
-from training.plan import Allocations, plan, plan_choices, plan_rank, step_bytes
+from training.plan import plan, plan_choices, plan_rank
+from training.rehearsal import Allocations, step_bytes
 
 EXPERT_CFG = {"experts": {"1": [0, 1, 7], "2": [2]}}
 LARGER = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 256}
@@ -88,14 +89,13 @@ def test_planned_bytes_of_packed_experts_are_those_of_a_real_step(
     checkpoint, monkeypatch, kind, place, checkpointing
 ):
     """As in test_plan.py. A CPU unpacks with temporaries, which do not count: a GPU has none."""
-    for form in (Fp8, Nf4):
-        unpack = form.unpack
+    unpack = PackedExperts.unpack
 
-        def uncounted(*args, unpack=unpack) -> None:
-            with _disable_current_modes():
-                unpack(*args)
+    def uncounted(experts) -> None:
+        with _disable_current_modes():
+            unpack(experts)
 
-        monkeypatch.setattr(form, "unpack", uncounted)
+    monkeypatch.setattr(PackedExperts, "unpack", uncounted)
     config = TrainConfig(
         seq_length=256,
         batch_size=4,
@@ -118,7 +118,7 @@ def test_planned_bytes_of_packed_experts_are_those_of_a_real_step(
     tokens = torch.randint(0, 258, (config.batch_size, 256))
     rows = Rows(tokens, tokens, torch.zeros_like(tokens))
     known = [*memory(real), *optimizer.masters.values(), *rows]
-    known += [*optimizer.free.queue, *optimizer.sums.values()] if place else []
+    known += [*optimizer.sums.values()] if place else []
     with Allocations(known) as allocations:
         compute_gradients(config, real, rows, 0.0, optimizer, SingleProcess())
     assert planned == pytest.approx(allocations.peak, rel=0.05)
@@ -147,7 +147,7 @@ def test_choices_by_hand(tmp_path):
             4 * beside,
         ]
         # Masters, moments, sums; a slot of one matrix for each of 12 parameters.
-        assert need["host"] == (16 * 4 * 768 + 12 * 512 if place else 0)
+        assert need["host"] == (16 * 4 * 768 if place else 0)
         for checkpointing in (False, True):
             fixed = weights[kind] + 16 * beside
             assert need["peak", checkpointing] == fixed + need["activations", checkpointing]

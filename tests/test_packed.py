@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_oracle, one_by_one, save_tokenizer, write_checkpoint
 from safetensors.torch import load_file, save_file
-from test_compiled import gradients, graphs
-from test_exactness import Killed, die, result, run, stop_after
+from test_compiled import gradients
+from test_exactness import Killed, die, result, stop_after
 from test_families import published_config
 from test_lora import with_lora
 from test_train import settings

@@ -21,9 +21,10 @@ from train import compute_gradients, train
 from train_ep import Rehearsal, plan_ranks
 from training import report as reporting
 from training.config import TrainConfig
-from training.optimizer import MasterAdamW, mark_trained
 from training.exchange import exchange_lines, step_flops
-from training.plan import Allocations, plan, plan_rank, step_bytes
+from training.optimizer import MasterAdamW, mark_trained
+from training.plan import plan, plan_rank
+from training.rehearsal import Allocations, step_bytes
 from training.report import report
 
 

@@ -146,19 +146,29 @@ def no_compilation(config: TrainConfig) -> str:
     return ""
 
 
+def sizes_not_compiled(base: ModelConfig) -> list[str]:
+    """Returns the sizes of a model with which layers cannot be compiled: grouped products want
+    strides of 16 bytes."""
+    sizes = {name: getattr(base, name) for name in ("hidden_size", "moe_intermediate_size")}
+    return [f"{name} {size}" for name, size in sizes.items() if size % 8]
+
+
+def compiles(config: TrainConfig, base: ModelConfig, parameters: int) -> bool:
+    """Returns what `compile` says or, where the config leaves it open, whether it pays."""
+    if config.compile is not None:
+        return config.compile
+    long = config.steps * config.gradient_accumulation_steps >= 200  # micro-batches
+    pays = config.device.startswith("cuda") and parameters >= 1e9 and long
+    return pays and not sizes_not_compiled(base) and not no_compilation(config)
+
+
 def settle_compile(config: TrainConfig, base: ModelConfig, parameters: int) -> None:
     """Decides `compile` where the config leaves it open. Raises ValueError where the config asks
     for it and the model's sizes or the machine do not allow it."""
-    sizes = {name: getattr(base, name) for name in ("hidden_size", "moe_intermediate_size")}
-    # Grouped products want strides of 16 bytes.
-    odd = [f"{name} {size}" for name, size in sizes.items() if size % 8]
     asked = config.compile
-    if asked and odd:
+    if asked and (odd := sizes_not_compiled(base)):
         raise ValueError(f"compile is true; cannot be with {odd[0]}: must be a multiple of 8")
-    if asked is None:
-        long = config.steps * config.gradient_accumulation_steps >= 200  # micro-batches
-        pays = config.device.startswith("cuda") and parameters >= 1e9 and long
-        config.compile = pays and not odd and not no_compilation(config)
+    config.compile = compiles(config, base, parameters)
     if config.compile and (reason := compiler_error(config.device)):
         if asked:
             raise ValueError(f"compile is true; torch.compile does not work here: {reason}")

@@ -32,7 +32,7 @@ class MasterAdamW:
     def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig):
         self.parameters = parameters
         self.max_grad_norm = config.max_grad_norm
-        self.masters = {name: self.make_master(p) for name, p in parameters.items()}
+        self.masters = self.make_masters()
         matrices = [m for m in self.masters.values() if m.ndim > 1]
         vectors = [m for m in self.masters.values() if m.ndim < 2]  # norms and biases do not decay
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # may be empty
@@ -46,9 +46,9 @@ class MasterAdamW:
             weight_decay=config.weight_decay,
         )
 
-    def make_master(self, p: nn.Parameter) -> Tensor:
-        """Returns `p` in float32; a float32 parameter is its own master."""
-        return p.detach().float()
+    def make_masters(self) -> dict[str, Tensor]:
+        """Returns the parameters in float32; a float32 parameter is its own master."""
+        return {name: p.detach().float() for name, p in self.parameters.items()}
 
     def accumulate(self) -> None:
         """Adds the parameters' gradients to the masters', in float32, and frees them."""

@@ -1,26 +1,18 @@
-"""What a run needs in memory, without loading it: `--plan`.
-
-`compute_gradients` itself runs here, on tensors without data, and the bytes that it allocates are
-counted. Which ranks there are comes from train_ep.py.
-"""
+"""What a run needs in memory, without loading it: `--plan`. What a step allocates is counted in
+rehearsal.py; which ranks there are comes from train_ep.py."""
 
 import re
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from tqdm import tqdm
 
 from adapter import everything, read_expert_cfg
 from checkpoint import build_model, local_directory, read_config
-from data import Rows, micro_batches
-from fast.device import meta_as_gpu
+from data import micro_batches
 from fast.packed import QUANTIZATIONS, memory, quantize
 from files import read_json
 from model import ModelConfig, Transformer
@@ -36,88 +28,12 @@ from training.cards import (
 )
 from training.config import TrainConfig
 from training.exchange import exchange_lines
-from training.host_optimizer import host_bytes, make_optimizer
+from training.host_optimizer import host_bytes
 from training.optimizer import mark_trained
+from training.rehearsal import step_bytes
 from training.table import size_text, table_row
 
 ASSUMED_SHARE = 0.075  # of the experts; the published selection for intent: 124 of 1,664
-
-
-class FlashAttention(torch.autograd.Function):
-    """Needs the memory of a fused attention kernel: its inputs, its output, and one number a query.
-    On the meta device torch would take the kernel that holds all scores."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q[..., : v.shape[-1]])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def fused_attention(q, k, v, mask=None, **_) -> Tensor:
-    """Stands in for `scaled_dot_product_attention`. A TorchFunctionMode would not reach the layers
-    that backward runs again."""
-    return FlashAttention.apply(q, k, v)
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, for as long as they live. The tensors
-    `known` are there already and do not count."""
-
-    def __init__(self, known: Iterable[Tensor]):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.count(tensor.untyped_storage())
-        return out
-
-    def count(self, storage) -> None:
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-
-    def free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def step_bytes(
-    config: TrainConfig,
-    model: Transformer,
-    trained: dict[str, nn.Parameter],
-    ranks: SingleProcess,
-    compute_gradients: Callable,
-) -> int:
-    """Returns the most bytes that one step allocates beside weights, masters and moments:
-    activations, gradients, temporaries. `compute_gradients` is train.py's. It runs two
-    micro-batches, where there are more, since the second meets the gradients of the first."""
-    count = min(config.batch_size, 2 * config.micro_batch * ranks.world_size)
-    rows = Rows(*[torch.zeros(count, config.seq_length, dtype=torch.int64)] * 3)
-    steps = count // config.micro_batch
-    rehearsal = replace(config, device="meta", gradient_accumulation_steps=steps, compile=False)
-    optimizer = make_optimizer(trained, rehearsal)
-    alpha = config.balance_weight(model.config)
-    # float32 has no grouped product of its own: torch goes through a loop, as ours on a CPU.
-    like_gpu = config.device.startswith("cuda") and config.dtype == "bfloat16"
-    with (
-        meta_as_gpu(like_gpu),
-        mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
-        Allocations([*memory(model), *optimizer.masters.values()]) as allocations,
-    ):
-        compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
-    return allocations.peak
 
 
 def planned_experts(config: TrainConfig, model_config: ModelConfig) -> tuple[dict | None, str]:
