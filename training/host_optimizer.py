@@ -15,79 +15,105 @@ from torch import Tensor, nn
 from training.config import TrainConfig
 from training.optimizer import MasterAdamW
 
-PIECE = 2**26  # elements of pinned memory in one piece
+GROUP = 2**25  # elements, at most, of parameters whose gradients are summed together
 UNDER_WAY = 2**26  # elements of gradients that wait on the device, while the host may go on
+Group = dict[str, nn.Parameter]
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 class HostAdamW(MasterAdamW):
     """MasterAdamW in host memory, with the same bits if it runs on the same CPU.
 
-    A hook takes each gradient when backward has formed it. While the device goes on, the sum so far
-    comes there, gets the gradient, and goes back. So the sums take none of the host's cores, which
-    have to keep the device busy."""
+    A hook takes each gradient when backward has formed it. When those of a group are there, and
+    while the device goes on, the group's sums so far come to the device, get the gradients, and go
+    back. So the sums take none of the host's cores, which have to keep the device busy."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig):
-        super().__init__(parameters, config)
+        self.groups = groups_of(parameters)
         self.on_gpu = config.device.startswith("cuda")
-        for number, (name, p) in enumerate(parameters.items()):
-            p.register_post_accumulate_grad_hook(partial(self.take, name, number))
-        if config.device == "meta":
+        super().__init__(parameters, config)
+        for number, group in enumerate(self.groups):
+            for name, p in group.items():
+                p.register_post_accumulate_grad_hook(partial(self.take, number, name))
+        self.arrived: dict[int, dict[str, Tensor]] = {}  # gradients of groups, until all are there
+        self.rehearses = config.device == "meta"
+        if self.rehearses:
             return  # a plan has no sums
-        self.sums = in_host_memory(parameters, pinned=self.on_gpu)
-        # Two, so that one sum comes while another one goes back.
+        self.sums = [self.in_host_memory(group) for group in self.groups]
+        # Two, so that sums come while others go back.
         self.streams = [torch.cuda.Stream(config.device) for _ in range(2 * self.on_gpu)]
         self.under_way: deque[tuple[torch.cuda.Event, int]] = deque()
         self.waiting = 0  # elements of these gradients
 
+    def in_host_memory(self, group: Group) -> Tensor:
+        """Returns uninitialised float32 memory for a group. A GPU copies to and from pinned memory
+        while it computes."""
+        return torch.empty(sum(p.numel() for p in group.values()), pin_memory=self.on_gpu)
+
     def make_masters(self) -> dict[str, Tensor]:
-        if any(p.is_meta for p in self.parameters.values()):
-            return super().make_masters()
-        pinned = any(p.is_cuda for p in self.parameters.values())
-        masters = in_host_memory(self.parameters, pinned)
-        for name, p in self.parameters.items():
-            masters[name].copy_(p.detach())
+        masters = {}
+        for group in self.groups:
+            if any(p.is_meta for p in group.values()):
+                return super().make_masters()
+            masters |= zip(group, parts_of(self.in_host_memory(group), group))
+        for name, master in masters.items():
+            master.copy_(self.parameters[name].detach())
         return masters
 
+    def take(self, number: int, name: str, p: nn.Parameter) -> None:
+        """Takes the gradient away from `p`."""
+        arrived = self.arrived.setdefault(number, {})
+        arrived[name], p.grad = p.grad, None
+        if len(arrived) == len(self.groups[number]):
+            self.add(number)
+
     @torch.no_grad()
-    def take(self, name: str, number: int, p: nn.Parameter) -> None:
-        """Takes the gradient away from `p` and adds it to its sum."""
-        gradient, p.grad = p.grad, None
-        if p.is_meta:
+    def add(self, number: int) -> None:
+        """Adds the gradients that arrived to the sums of a group."""
+        arrived = self.arrived.pop(number)
+        if self.rehearses:
             return
-        master, total = self.masters[name], self.sums[name]
-        first, master.grad = master.grad is None, total
+        group, total = self.groups[number], self.sums[number]
+        first = self.masters[next(iter(group))].grad is None
+        for name, part in zip(group, parts_of(total, group)):
+            self.masters[name].grad = part
         if not self.on_gpu:
-            total.copy_(gradient) if first else total.add_(gradient)
+            add_to(total.zero_() if first else total, group, arrived)
             return
         stream = self.streams[number % 2]  # always the same, so that sums follow each other
-        stream.wait_stream(torch.cuda.current_stream(p.device))
-        gradient.record_stream(stream)  # its memory is not used anew before the sum is formed
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
-            here = gradient.float() if first else total.to(p.device, non_blocking=True)
-            total.copy_(here if first else here.add_(gradient), non_blocking=True)
+            here = torch.empty_like(total, device=stream.device)
+            here.zero_() if first else here.copy_(total, non_blocking=True)
+            add_to(here, group, arrived)
+            total.copy_(here, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
             done.record(stream)
-        self.under_way.append((done, p.numel()))
-        self.waiting += p.numel()
+        for gradient in arrived.values():  # its memory is not used anew before the sum is formed
+            gradient.record_stream(stream)
+        self.under_way.append((done, total.numel()))
+        self.waiting += total.numel()
         while self.waiting > UNDER_WAY:  # else a slow link would fill the device's memory
             done, count = self.under_way.popleft()
             done.synchronize()
             self.waiting -= count
 
     def accumulate(self) -> None:
-        """Does nothing: the hooks have taken the gradients."""
+        """Adds what arrived in groups that some gradients did not reach."""
+        for number in list(self.arrived):
+            self.add(number)
 
     @property
     def gradients(self) -> dict[str, Tensor]:
         if self.on_gpu:
-            for stream in self.streams:
-                stream.synchronize()
+            torch.cuda.synchronize()
             self.under_way.clear()
             self.waiting = 0
-        for name, master in self.masters.items():
-            if master.grad is None:  # no token reached it
-                master.grad = self.sums[name].zero_()
+        for group, total in zip(self.groups, self.sums):
+            if self.masters[next(iter(group))].grad is None:  # no token reached it
+                total.zero_()
+                for name, part in zip(group, parts_of(total, group)):
+                    self.masters[name].grad = part
         return super().gradients
 
     def copy_masters(self) -> None:
@@ -103,27 +129,36 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
     return kind(parameters, config)
 
 
-def in_host_memory(parameters: dict[str, nn.Parameter], pinned: bool) -> dict[str, Tensor]:
-    """Returns an uninitialised float32 tensor for each parameter. They lie in few pieces: each
-    piece of pinned memory is rounded up to a power of two. A GPU copies to and from pinned memory
-    while it computes."""
-    tensors, left = {}, sum(p.numel() for p in parameters.values())
-    piece = torch.empty(0)
+def groups_of(parameters: Group) -> list[Group]:
+    """Returns the parameters in groups of up to GROUP elements, in their order."""
+    groups: list[Group] = []
     for name, p in parameters.items():
-        if p.numel() > len(piece):
-            piece = torch.empty(max(p.numel(), min(left, PIECE)), pin_memory=pinned)
-        tensors[name], piece = piece[: p.numel()].view(p.shape), piece[p.numel() :]
-        left -= p.numel()
-    return tensors
+        if not groups or sum(q.numel() for q in groups[-1].values()) + p.numel() > GROUP:
+            groups.append({})
+        groups[-1][name] = p
+    return groups
+
+
+def parts_of(flat: Tensor, group: Group) -> list[Tensor]:
+    """Returns the parts of `flat` in the shapes of the group's parameters."""
+    parts = flat.split([p.numel() for p in group.values()])
+    return [part.view(p.shape) for part, p in zip(parts, group.values())]
+
+
+def add_to(total: Tensor, group: Group, gradients: dict[str, Tensor]) -> None:
+    parts = dict(zip(group, parts_of(total, group)))
+    torch._foreach_add_([parts[name] for name in gradients], [*gradients.values()])
 
 
 # ------------------------------------------------------------------------------------------
 # Memory
 
 
-def host_bytes(parameters: dict[str, nn.Parameter]) -> int:
-    """Returns the bytes of masters, two moments, and sums of gradients."""
-    return 16 * sum(p.numel() for p in parameters.values())
+def host_bytes(parameters: Group) -> int:
+    """Returns the bytes of two moments, and of masters and sums of gradients, each in float32.
+    torch takes pinned memory by powers of two."""
+    sizes = [sum(p.numel() for p in group.values()) for group in groups_of(parameters)]
+    return 8 * sum(sizes) + 8 * sum(2 ** math.ceil(math.log2(size)) for size in sizes)
 
 
 def check_host_memory(parameters: dict[str, nn.Parameter], config: TrainConfig) -> None:
