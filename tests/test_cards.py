@@ -18,21 +18,29 @@ from checkpoint import build_model, load_model, read_config
 from config import read_keys
 from data import Rows
 from fast.packed import PackedExperts, memory
+from generate import generate
 from processes import SingleProcess
 from train import compute_gradients
 from train_ep import Rehearsal, plan_ranks
 from training import cards
-from training.cards import Choice, Need, ordered_choices, smallest_card
+from training.cards import Choice, Need, need_of, ordered_choices, smallest_card
 from training.config import TrainConfig
 from training.host_optimizer import make_optimizer
 from training.optimizer import mark_trained
 from training.plan import plan, plan_choices, plan_rank
-from training.rehearsal import Allocations, step_bytes
+from training.rehearsal import Allocations, inference_bytes, step_bytes
 
 EXPERT_CFG = {"experts": {"1": [0, 1, 7], "2": [2]}}
 LARGER = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 256}
 PLACES = ("", "cpu")
 KINDS = ("", "fp8", "nf4")
+
+
+@pytest.fixture(autouse=True)
+def small_passes(monkeypatch):
+    """Of models as small as these, passes of the usual size would need more than a step."""
+    for name, value in {"BATCH_TOKENS": 1, "PREFILL_TOKENS": 1, "PROMPTS": (1, 1)}.items():
+        monkeypatch.setattr(f"training.rehearsal.{name}", value)
 
 
 def small_run(tmp_path, **changes) -> TrainConfig:
@@ -122,6 +130,36 @@ def test_planned_bytes_of_packed_experts_are_those_of_a_real_step(
     with Allocations(known) as allocations:
         compute_gradients(config, real, rows, 0.0, optimizer, SingleProcess())
     assert planned == pytest.approx(allocations.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_planned_bytes_of_a_pass_without_gradients_are_those_of_a_real_one(
+    checkpoint, monkeypatch, evaluates
+):
+    """Scoring; decoding, whose first pass is the largest; and what a run then needs."""
+    for name in ("rehearsal.BATCH_TOKENS", "rehearsal.PREFILL_TOKENS"):
+        monkeypatch.setattr(f"training.{name}", 512)
+    monkeypatch.setattr("training.rehearsal.PROMPTS", (8, 128))
+    monkeypatch.setattr("generate.PREFILL_TOKENS", 512)
+    sets = ["exact:nowhere.jsonl"] if evaluates else []
+    config = TrainConfig(seq_length=256, dtype="bfloat16", device="cpu", eval_sets=sets)
+    config.learning_rate = 1e-5
+    real = load_model(checkpoint)
+    meta = build_model(real.config, "meta")
+    planned = inference_bytes(config, meta)
+    tokens = torch.randint(0, 258, (8, 127))
+    with torch.no_grad(), Allocations([*memory(real), tokens]) as allocations:
+        if evaluates:
+            generate(real, tokens.tolist(), 1, [0], batch_size=8)
+        else:
+            real.hidden_states(torch.randint(0, 258, (2, 256)))
+    assert planned == pytest.approx(allocations.peak, rel=0.05)
+    need = plan_rank(config, real.config, EXPERT_CFG, SingleProcess(), compute_gradients)
+    held = need["weights"] + need["masters"] + need["moments"]
+    assert need["peak", "inference"] == held + planned
+    for checkpointing in (True, False):
+        most = max(need["peak", checkpointing], need["peak", "inference"])
+        assert need_of(need, checkpointing) == (most, need["host"])
 
 
 def test_choices_by_hand(tmp_path):

@@ -41,6 +41,12 @@ class Need(NamedTuple):
     host: int  # the optimizer's part
 
 
+def need_of(need: dict, checkpointing: bool) -> Need:
+    """Returns what a run needs that `plan_rank` planned: a step, and a pass without gradients."""
+    peaks = need["peak", checkpointing], need.get(("peak", "inference"), 0)
+    return Need(max(peaks), need["host"])
+
+
 Choices = dict[Choice, Need]  # the best first
 
 
@@ -49,9 +55,7 @@ def ordered_choices(needs: dict[tuple[str, str], dict]) -> Choices:
     An exact choice is better than a packed one, which rounds weights; the other keys cost time."""
     kinds, places = (list(dict.fromkeys(values)) for values in zip(*needs))
     return {
-        Choice(kind, checkpointing, place): Need(
-            needs[kind, place]["peak", checkpointing], needs[kind, place]["host"]
-        )
+        Choice(kind, checkpointing, place): need_of(needs[kind, place], checkpointing)
         for kind in kinds
         for checkpointing in (False, True)
         for place in places

@@ -19,10 +19,10 @@ from model import ModelConfig, Transformer
 from processes import SingleProcess
 from select_experts import SelectionConfig
 from training.cards import (
-    Need,
     choice_lines,
     command_lines,
     fits,
+    need_of,
     ordered_choices,
     rank_lines,
 )
@@ -30,7 +30,7 @@ from training.config import TrainConfig
 from training.exchange import exchange_lines
 from training.host_optimizer import host_bytes
 from training.optimizer import mark_trained
-from training.rehearsal import step_bytes
+from training.rehearsal import inference_bytes, step_bytes
 from training.table import size_text, table_row
 
 ASSUMED_SHARE = 0.075  # of the experts; the published selection for intent: 124 of 1,664
@@ -105,6 +105,8 @@ def plan_model(
         "host": host_bytes(trained) if config.optimizer_device else 0,
     }
     held = need["weights"] + need["masters"] + need["moments"]
+    if ranks.world_size == 1:  # ranks share such a pass, and each one's part of it is small
+        need["peak", "inference"] = held + inference_bytes(config, model)
     for checkpointing in (True, False):
         rehearsed = replace(config, gradient_checkpointing=checkpointing)
         step = step_bytes(rehearsed, model, trained, ranks, compute_gradients)
@@ -222,13 +224,16 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
     ]
     for checkpointing, said in ((True, "with"), (False, "without")):
         used = " *" if checkpointing == config.gradient_checkpointing else ""
-        peaks = [Need(need["peak", checkpointing], need["host"]) for need in needs]
+        peaks = [need_of(need, checkpointing) for need in needs]
         lines += [
             f"{said} gradient checkpointing:{used}",
             gib("  activations and what else a step holds", ("activations", checkpointing)),
             gib("  peak of tensors in memory", ("peak", checkpointing)),
             table_row("  fits", [fits(config.device, peak) for peak in peaks]),
         ]
+    if len(columns) == 1:
+        what = "scoring and evaluation" if config.eval_sets else "scoring"
+        lines.insert(-8, gib(f"peak of {what}", ("peak", "inference")))
     if config.optimizer_device:
         lines.append(gib("host memory of the optimizer", "host"))
     return lines

@@ -1,5 +1,5 @@
-"""What one training step allocates. `compute_gradients` itself runs, on tensors without data, and
-the bytes that it allocates are counted."""
+"""What a training step, and a pass without gradients, allocate. The code itself runs, on tensors
+without data, and the bytes that it allocates are counted."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +16,10 @@ from data import Rows
 from fast import StackedExperts
 from fast.device import meta_as_gpu
 from fast.packed import memory
-from model import Transformer
+from generate import PREFILL_TOKENS
+from model import Cache, Transformer
 from processes import SingleProcess
+from select_experts import BATCH_TOKENS
 from training.config import TrainConfig, compiles
 from training.host_optimizer import make_optimizer
 
@@ -101,16 +103,45 @@ def step_bytes(
     rehearsal = replace(config, device="meta", gradient_accumulation_steps=steps, compile=False)
     optimizer = make_optimizer(trained, rehearsal)
     alpha = config.balance_weight(model.config)
-    # float32 has no grouped product of its own: torch goes through a loop, as ours on a CPU.
-    like_gpu = config.device.startswith("cuda") and config.dtype == "bfloat16"
     with (
-        meta_as_gpu(like_gpu),
-        mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
+        as_on_device(config),
         compiled_pieces(config, model),
         Allocations([*memory(model), *optimizer.masters.values()]) as allocations,
     ):
         compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
     return allocations.peak
+
+
+PROMPTS = 64, 1024  # decoded together, and the tokens of each with its answer, as a plan assumes
+
+
+@torch.no_grad()
+def inference_bytes(config: TrainConfig, model: Transformer) -> int:
+    """Returns the most bytes that scoring allocates beside weights and, if `config` evaluates,
+    decoding PROMPTS. These are one pass of so many tokens as there are at a time, and a cache."""
+    rows = max(BATCH_TOKENS // config.seq_length, 1)
+    tokens = torch.zeros(rows, min(config.seq_length, BATCH_TOKENS), dtype=torch.int64)
+    with as_on_device(config), Allocations(memory(model)) as allocations:
+        model.hidden_states(tokens.to("meta"))
+        if config.eval_sets:
+            count, length = PROMPTS
+            cache = Cache.empty(model.config, count, length, model.lm_head.weight)
+            part = PREFILL_TOKENS // length
+            own = Cache(cache.layers[:, :part], cache.seen[:part])
+            model.hidden_states(torch.zeros(part, length, dtype=torch.int64, device="meta"), own)
+    return allocations.peak
+
+
+@contextmanager
+def as_on_device(config: TrainConfig) -> Iterator[None]:
+    """Lets tensors on the meta device take the path of the config's device."""
+    # float32 has no grouped product of its own: torch goes through a loop, as ours on a CPU.
+    like_gpu = config.device.startswith("cuda") and config.dtype == "bfloat16"
+    with (
+        meta_as_gpu(like_gpu),
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
+    ):
+        yield
 
 
 @contextmanager
