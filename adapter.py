@@ -4,6 +4,7 @@ An adapter is a directory in the published ESFT format: expert_cfg.json, and saf
 trained tensors under the checkpoint's names. Adapters in PEFT's format are read by lora.py, and are
 swapped here."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -180,9 +181,10 @@ def remove_adapter(model: Transformer) -> None:
     remove_lora(model)
 
 
-def hold_exactly(model: Transformer, names: list[str]) -> None:
+def hold_exactly(model: Transformer, names: Iterable[str]) -> None:
     """Where experts rest packed (fast/packed.py): gives those with parameters of these names memory
     of their own, and packs the others again."""
+    names = set(names)
     for prefix, module in model.named_modules():
         if isinstance(module, PackedExperts):
             chosen = [e for e in module.expert_at if f"{prefix}.{e}.up_proj.weight" in names]

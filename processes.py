@@ -152,8 +152,8 @@ def meet(timeout: float) -> SingleProcess:
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns the norm of all tensors together, with the bits of `nn.utils.get_total_norm`. That
-    uses one core for tensors in host memory; here threads share them."""
+    """Returns the norm of all tensors, of one dtype, together, with the bits of torch's
+    `get_total_norm`. That uses one core for tensors in host memory; here threads share them."""
     tensors = list(tensors)
     if not tensors or tensors[0].device.type != "cpu":
         return nn.utils.get_total_norm(tensors)

@@ -115,7 +115,7 @@ def dequantise(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """values (..., rows, columns) in FP8 times scale -> float32; see `spread`.
 
     Files call the factor `weight_scale_inv`, but weights are multiplied by it."""
-    return values.float() * spread(scale, *values.shape[-2:], block)
+    return values.float().mul_(spread(scale, *values.shape[-2:], block))
 
 
 @contextmanager

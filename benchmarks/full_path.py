@@ -71,8 +71,12 @@ def main() -> None:
     if args.tiny:
         device, fields, args.steps = "cpu", V2_LITE | TINY | {"vocab_size": 1024}, 2
     made = print_conditions(device)
-    folder = Path(args.directory or tempfile.mkdtemp())
-    base, run = folder / "base", folder / "run"
+    with tempfile.TemporaryDirectory() as temporary:
+        run(args, Path(args.directory or temporary), device, fields, made)
+
+
+def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made: dict) -> None:
+    base, output = folder / "base", folder / "run"
     base.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     written = write_checkpoint(base, fields, device)
@@ -88,7 +92,7 @@ def main() -> None:
     config = TrainConfig(
         model=str(base),
         data=args.data,
-        output_dir=str(run),
+        output_dir=str(output),
         chat_format="deepseek_v2",
         eval_sets=[f"intent:{prompts}"],
         seq_length=64 if args.tiny else 4096,
@@ -111,14 +115,14 @@ def main() -> None:
     begin = time.perf_counter()
     results = trainer.train(config)
     seconds = time.perf_counter() - begin
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     host = proc_mib("/proc/self/status")["VmHWM"] / 1024
     print(f"{'stage':<14} {'seconds':>8} {'GPU GiB':>8} {'host GiB':>9}")
     for row in stages:
         print("{stage:<14} {seconds:>8} {gpu_peak_gib:>8} {host_gib:>9}".format(**row))
     print(f"in all {seconds:.1f} s; peak of host memory {host:.1f} GiB; files:")
-    for path in sorted(run.rglob("*.safetensors")):
-        print(f"  {path.relative_to(run)} {path.stat().st_size:,} bytes")
+    for path in sorted(output.rglob("*.safetensors")):
+        print(f"  {path.relative_to(output)} {path.stat().st_size:,} bytes")
     made |= {"limit_gib": args.limit, "quantize": args.quantize, "stages": stages}
     made |= {"seconds": round(seconds, 1), "host_peak_gib": round(host, 1)}
     made |= {"steps": [{k: r[k] for k in ("loss", "tokens_per_second")} for r in records]}

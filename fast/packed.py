@@ -28,8 +28,7 @@ from stored_tensors import StoredTensor, dequantise, spread
 QUANTIZATIONS = ("fp8", "nf4")
 
 # ------------------------------------------------------------------------------------------
-# Formats. Codes are uint8 in either: other dtypes cannot be indexed everywhere, and `.to(dtype)`
-# would change them.
+# Formats. Codes are uint8 in either: torch cannot index float8 tensors on every device.
 
 
 class Fp8:
@@ -147,9 +146,7 @@ def fastest(unpack: Callable, device: torch.device) -> Callable:
     if unpack is unpack_fp8 and torch.cuda.get_device_capability(device) < (8, 9):
         reason = "this GPU has no FP8"
     if reason:
-        print(
-            f"experts are unpacked without torch.compile, which takes ten times as long: {reason}"
-        )
+        print(f"experts are unpacked without torch.compile, which takes much longer: {reason}")
         return one_by_one
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape and mode
     return torch.compile(unpack, dynamic=False)
@@ -204,6 +201,8 @@ class PackedExperts(StackedExperts):
         """Moves the layer for .to() and .cuda()."""
         self.packed = [[fn(codes), fn(scale)] for codes, scale in self.packed]
         self.exact = [fn(stack) for stack in self.exact]
+        if self.exact[0].dtype != self.shapes[0].dtype:
+            raise ValueError("packed experts keep their dtype; load the model in another one")
         self._view_exact()
         return self
 
@@ -216,7 +215,8 @@ class PackedExperts(StackedExperts):
             at = place if place < count else 0
             views = *sources[0][at].chunk(2), sources[1][at]
             for linear, view in zip(self[e].children(), views):
-                linear.weight = nn.Parameter(view, requires_grad=linear.weight.requires_grad)
+                trained = place < count and linear.weight.requires_grad
+                linear.weight = nn.Parameter(view, requires_grad=trained)
         self._index_places()
         # Kept, because making views in every step is slow. `.data`: for autograd the stacks do not
         # change after a layer saved them. It is right: when it reads them, they hold its weights.
@@ -233,6 +233,7 @@ class PackedExperts(StackedExperts):
 
     @torch.no_grad()
     def pack(self, e: int, part: str, weight: Tensor) -> None:
+        """Packs a matrix of expert e."""
         for rows, x in zip(self.rows(e, part), self.form.pack(weight)):
             rows.copy_(x)
 
@@ -248,7 +249,8 @@ class PackedExperts(StackedExperts):
     @torch.no_grad()
     def put_first(self, experts: list[int]) -> None:
         """Gives those of `experts` that are held here memory of their own, at the front of the
-        stacks, with the exact values of the checkpoint. The others are packed, as they were."""
+        stacks, with the exact values of the checkpoint. The others are packed, as they were. Unless
+        the same experts have their own memory already, all parameters are new objects."""
         experts = [e for e in experts if e in self.expert_at]
         if set(self.expert_at[: len(self.exact[0])]) == set(experts):
             return
@@ -271,8 +273,10 @@ class PackedExperts(StackedExperts):
         """Writes this layer's weights into the shared stacks."""
         if self.down.is_meta:
             return
-        # Where a checkpointed layer runs again, `UnpackAgain` was there just before.
+        # Where a checkpointed layer runs again, `UnpackAgain` may have been there just before.
+        # Without gradients a step may be captured, and must hold the unpacking.
         there = self.shared.holder is self and torch.is_grad_enabled()
+        self.shared.holder = None  # until all is there
         with torch.no_grad():
             for unpack, front, exact in self.steps:
                 if not there:
@@ -290,11 +294,12 @@ class PackedExperts(StackedExperts):
         return lambda rows: functional_call(self[e], weights, (rows,))
 
 
-PACKING = threading.Lock()  # one tensor at a time, so that what lies between stays small
+PACKING = threading.Lock()  # threads pack in turns, so that what lies between stays small
 
 
 class UnpackAgain(torch.autograd.Function):
-    """Returns y (N, D), a layer's output. In backward, unpacks the layer before its gradients."""
+    """Returns y, an output of the layer or of its experts. In backward, unpacks the layer before its
+    gradients, unless it ran again just before, as a checkpointed layer may."""
 
     @staticmethod
     def forward(ctx, y, experts):
@@ -303,7 +308,8 @@ class UnpackAgain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        ctx.experts.unpack()
+        if ctx.experts.shared.holder is not ctx.experts:
+            ctx.experts.unpack()
         return dy, None
 
 
@@ -342,7 +348,7 @@ def quantize(model: Transformer, kind: str) -> None:
     for module in model.modules():
         if isinstance(module, MoE):
             module.experts = PackedExperts(module.experts, form, shared)
-            grouped = module.run_experts is experts_grouped
+            grouped = module.run_experts in GROUPED
             module.run_experts = grouped_packed if grouped else loop_packed
 
 

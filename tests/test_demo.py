@@ -71,6 +71,8 @@ BENCHMARKS = [
     "load.py",
     "demo_step.py",
     "quantized.py",
+    "full_path.py",
+    "small_cards.py --rows 1 --steps 1 --cases 3",
     "compare_methods.py tune --methods esft lora",
 ]
 # One process runs them all: to import torch and transformers takes longer than most of them.

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_oracle, one_by_one, save_tokenizer, write_checkpoint
 from safetensors.torch import load_file, save_file
-from test_compiled import gradients
-from test_exactness import Killed, die, result, stop_after
+from test_compiled import gradients, graphs  # noqa: F401
+from test_exactness import Killed, die, result, run, stop_after  # noqa: F401
 from test_families import published_config
 from test_lora import with_lora
 from test_train import settings
@@ -154,7 +154,7 @@ def packed_and_back(form: Fp8 | Nf4, weight: torch.Tensor) -> torch.Tensor:
     for mine, empty in zip(stored, form.empty(1, 1, *weight.shape)):
         assert mine.shape == empty.shape[2:] and mine.dtype == empty.dtype
     out = torch.full((1, *weight.shape), 7, dtype=weight.dtype)
-    form.unpack(*(x[None, None] for x in stored), out)
+    form.unpacking(*(x[None, None] for x in stored), out)()
     return out[0]
 
 

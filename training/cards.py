@@ -140,7 +140,7 @@ def command_lines(config: TrainConfig, choices: Choices, given: dict) -> list[st
         if choice := best(choices, config.device, memory):
             flags = given | choice.changes(config)
             text = shlex.join(["python", "train.py", *words_of(flags)])
-        if text != before:  # else a smaller card is enough
+        if not choice or text != before:  # else a smaller card is enough
             lines.append(f"{name}: {text}")
         before = text
     return lines
@@ -186,7 +186,9 @@ def words_of(flags: dict[str, str | list[str]]) -> list[str]:
 def less(config: TrainConfig, ranks: int) -> str:
     """Returns what makes a step of so many ranks smaller."""
     shorter = "a shorter --seq_length"
-    if config.micro_batch <= ranks:
+    # The most micro-batches of equal size that still have a row for each rank.
+    sizes = range(1, config.batch_size // min(ranks, config.batch_size) + 1)
+    steps = max(n for n in sizes if config.batch_size % n == 0)
+    if steps <= config.gradient_accumulation_steps:
         return shorter
-    steps = config.batch_size // ranks
     return f"fewer rows a micro-batch (--gradient_accumulation_steps {steps}), {shorter}"

@@ -22,7 +22,7 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 class HostAdamW(MasterAdamW):
-    """MasterAdamW in host memory, with the same bits if it runs on the same CPU.
+    """MasterAdamW in host memory. On a CPU, its results have the bits of MasterAdamW's.
 
     A hook takes each gradient when backward has formed it. When those of a group are there, and
     while the device goes on, the group's sums so far come to the device, get the gradients, and go
@@ -30,7 +30,7 @@ class HostAdamW(MasterAdamW):
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig):
         self.groups = groups_of(parameters)
-        self.on_gpu = config.device.startswith("cuda")
+        self.device, self.on_gpu = config.device, config.device.startswith("cuda")
         super().__init__(parameters, config)
         for number, group in enumerate(self.groups):
             for name, p in group.items():
@@ -70,10 +70,11 @@ class HostAdamW(MasterAdamW):
     @torch.no_grad()
     def add(self, number: int) -> None:
         """Adds the gradients that arrived to the sums of a group."""
-        arrived = self.arrived.pop(number)
-        if self.rehearses:
+        arrived, group = self.arrived.pop(number), self.groups[number]
+        if self.rehearses:  # what `here` needs below
+            torch.empty(sum(p.numel() for p in group.values()), device="meta")
             return
-        group, total = self.groups[number], self.sums[number]
+        total = self.sums[number]
         first = self.masters[next(iter(group))].grad is None
         for name, part in zip(group, parts_of(total, group)):
             self.masters[name].grad = part
@@ -106,7 +107,7 @@ class HostAdamW(MasterAdamW):
     @property
     def gradients(self) -> dict[str, Tensor]:
         if self.on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
             self.under_way.clear()
             self.waiting = 0
         for group, total in zip(self.groups, self.sums):
@@ -120,7 +121,7 @@ class HostAdamW(MasterAdamW):
         for name, p in self.parameters.items():
             p.copy_(self.masters[name].to(p.device, non_blocking=True))
         if self.on_gpu:  # the next step writes the masters
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> MasterAdamW:

@@ -222,6 +222,9 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
         gib("AdamW's moments, float32", "moments"),
         gib("gradients, float32", "gradients"),
     ]
+    if all(each.world_size == 1 for each in columns):
+        what = "scoring and evaluation" if config.eval_sets else "scoring"
+        lines.append(gib(f"peak of {what}", ("peak", "inference")))
     for checkpointing, said in ((True, "with"), (False, "without")):
         used = " *" if checkpointing == config.gradient_checkpointing else ""
         peaks = [need_of(need, checkpointing) for need in needs]
@@ -231,9 +234,6 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
             gib("  peak of tensors in memory", ("peak", checkpointing)),
             table_row("  fits", [fits(config.device, peak) for peak in peaks]),
         ]
-    if len(columns) == 1:
-        what = "scoring and evaluation" if config.eval_sets else "scoring"
-        lines.insert(-8, gib(f"peak of {what}", ("peak", "inference")))
     if config.optimizer_device:
         lines.append(gib("host memory of the optimizer", "host"))
     return lines
