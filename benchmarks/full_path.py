@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made:
         steps=args.steps,
         log_steps=1,
         device=device,
-        dtype="bfloat16",
+        dtype="float32" if args.tiny else "bfloat16",
         compile=not args.tiny,
         quantize=args.quantize,
         optimizer_device="cpu",

@@ -130,6 +130,7 @@ def run(quantize: str, seed: int, folder: Path, files: dict[str, Path], tiny: bo
     config.eval_sets = [f"intent:{files['intent']}", f"exact:{files['general']}"]
     if tiny:
         config.steps, config.batch_size, config.n_sample_tokens = 2, 2, 1000
+        config.max_new_tokens, config.validation_fraction = 4, 0.0
     with redirect_stdout(io.StringIO()):
         results = train(config)
     before, after = ([e["mean"] for e in results[when].values()] for when in ("before", "after"))

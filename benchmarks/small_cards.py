@@ -135,10 +135,16 @@ def inference(quantize: str, tiny: bool) -> dict:
 
 
 def in_a_process(args, *options: str) -> dict | None:
-    """Returns what a process of this script measures. Without a result, prints why."""
+    """Returns what a process of this script measures. Without a result, prints why. With --tiny,
+    there is no process of its own."""
+    if args.tiny:
+        kind, value = options
+        if kind == "--case":
+            return measure(json.loads(value), True, args.steps, args.rows)
+        return inference(value.replace("bfloat16", ""), True)
     command = [sys.executable, __file__, "--steps", str(args.steps), "--rows", str(args.rows)]
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    command += [*["--tiny"] * args.tiny, *options]
+    command += options
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(options, done.stderr.strip().splitlines()[-1], flush=True)
@@ -165,10 +171,10 @@ def main() -> None:
     parser.add_argument("--inference", help="for this script: measure bfloat16, fp8 or nf4")
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(measure(json.loads(args.case), args.tiny, args.steps, args.rows)))
+        print(json.dumps(measure(json.loads(args.case), False, args.steps, args.rows)))
         return
     if args.inference:
-        print(json.dumps(inference(args.inference.replace("bfloat16", ""), args.tiny)))
+        print(json.dumps(inference(args.inference.replace("bfloat16", ""), False)))
         return
     made = print_conditions("cpu" if args.tiny else "cuda")
     print(f"{args.rows} rows a step; GiB of the limit, the peak, what was reserved, and the plan")
