@@ -54,7 +54,8 @@ class Keys:
             if value == f.default:
                 continue
             if choices and value not in choices:
-                raise refusal(f.name, value, f"one of {', '.join(choices)}")
+                or_empty = ", or empty" if f.default == "" else ""
+                raise refusal(f.name, value, f"one of {', '.join(choices)}{or_empty}")
             if not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
                 said = (f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
                 raise refusal(f.name, value, " and ".join(said))

@@ -70,7 +70,9 @@ class EvalConfig(Keys):
     judge_model: str = key("", "the judge's name there")
     device: str = key("", "cpu, cuda, cuda:1 ...; empty: cuda where there is one")
     dtype: str = key("", "empty: bfloat16 on a GPU, else float32", choices=("bfloat16", "float32"))
-    quantize: str = key("", "experts rest in 8 or 4 bits, to save memory", choices=QUANTIZATIONS)
+    quantize: str = key(
+        "", "frozen experts rest in 8 or 4 bits, to save memory", choices=QUANTIZATIONS
+    )
 
     def check(self) -> None:
         """Raises ValueError for an impossible value, and for keys that do not go together."""
@@ -242,7 +244,8 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
         adapter = local_directory(adapter, "adapter")
         is_lora = isinstance(read_adapter(adapter, meta), StoredLora)  # refuses a wrong one
         if config.quantize and is_lora:
-            raise ValueError(f"quantize is {config.quantize!r}; cannot be with LoRA ({adapter})")
+            why = f"LoRA, which changes all experts ({adapter})"
+            raise ValueError(f"quantize is {config.quantize!r}; cannot be with {why}")
         named = ("expert_cfg.json", "adapter_config.json")
         held = [p for p in adapter.iterdir() if p.name in named or p.suffix == ".safetensors"]
         variants.append((name, adapter, hash_files(sorted(held))))

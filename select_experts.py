@@ -183,7 +183,7 @@ class SelectionConfig(Keys):
     device: str = key("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     dtype: str = key("", "of weights (default: bfloat16 on a GPU, else float32)", choices=DTYPES)
     quantize: str = key(
-        "", "frozen experts rest in 8 or 4 bits, to save memory", choices=QUANTIZATIONS
+        "", "frozen experts rest in 8 or 4 bits: less memory, rounded", choices=QUANTIZATIONS
     )
 
     def check(self) -> None:

@@ -271,7 +271,7 @@ def test_printed_commands_plan_to_what_was_printed(tmp_path, small_cards, monkey
     monkeypatch.setattr("sys.argv", ["train.py", *given, "--plan"])
     trainer.main()
     text = capsys.readouterr().out
-    assert "nothing fits; fewer rows a micro-batch (--gradient_accumulation_steps 8), a" in text
+    assert "nothing fits: fewer rows a micro-batch (--gradient_accumulation_steps 8), a" in text
     table = table_of(text)
     assert [choice for choice, cells in table.items() if "*" in cells] == [("nf4", True, "")]
     commands = dict(re.findall(r"^(\d+) GB: python train.py (.*)$", text, flags=re.M))
@@ -300,9 +300,12 @@ def test_a_card_that_is_here_gets_its_command(tmp_path, small_cards):
     assert "NO" in text and "1 GB:" not in text
     small_cards(1, here=1)
     text = plan(config, compute_gradients)
-    assert "\nthis card (X1, 0 GiB): nothing fits; fewer rows a micro-batch" in text
+    assert "\nthis card (X1, 0 GiB): nothing fits: scoring and evaluation alone need" in text
+    small_cards(1, here=min(peaks.values()) - 0.1)
+    text = plan(config, compute_gradients)
+    assert "\nthis card (X1, 0 GiB): nothing fits: fewer rows a micro-batch" in text
     one_row = small_run(tmp_path, fields=LARGER, gradient_accumulation_steps=8)
-    assert "nothing fits; a shorter --seq_length, or" in plan(one_row, compute_gradients)
+    assert "nothing fits: a shorter --seq_length, or" in plan(one_row, compute_gradients)
 
 
 def test_the_fewest_ranks_that_fit(tmp_path, small_cards):
@@ -312,7 +315,7 @@ def test_the_fewest_ranks_that_fit(tmp_path, small_cards):
     assert min(peaks[8].values()) < least < min(peaks[2].values())
     small_cards(2, least + 0.1, max(peaks[2].values()))
     text = plan_ranks(config, [8, 4, 2], None)
-    assert "\n2 GB: nothing fits; a shorter --seq_length, or more ranks\n" in text
+    assert "\n2 GB: nothing fits: a shorter --seq_length, or more ranks\n" in text
     assert (
         f"\n{round(least + 0.1)} GB: 4 ranks, with --quantize nf4 --optimizer_device cpu\n" in text
     )

@@ -562,10 +562,10 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"method": "lora"}, "quantize is 'nf4'; cannot be with method lora"),
+        ({"method": "lora"}, "quantize is 'nf4'; cannot be with method lora, which changes all"),
         (
             {"method": "full"},
-            "quantize is 'nf4'; no effect, since method is full, which trains all",
+            "quantize is 'nf4'; cannot be with method full, which changes all",
         ),
         ({"quantize": "int8"}, "quantize is 'int8'; must be one of fp8, nf4"),
     ],

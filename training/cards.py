@@ -108,9 +108,9 @@ def choice_lines(
     config: TrainConfig, ranks: list[SingleProcess], columns: list[Choices]
 ) -> list[str]:
     """Returns a table of the choices. Each number of ranks is a column, if there are several."""
-    heads = [f"{each.world_size} ranks" for each in ranks]
+    heads = [f"{each.world_size} rank{'s' * (each.world_size > 1)}" for each in ranks]
     if len(ranks) == 1:
-        heads = ["peak", "host memory", "fits"]
+        heads = ["peak of the run", "optimizer in host", "fits"]
     lines = ["", table_row("quantize  checkpointing  optimizer_device", heads)]
     for choice, need in columns[0].items():
         kind, checkpointing, place = choice
@@ -131,12 +131,16 @@ def choice_lines(
     return lines
 
 
-def command_lines(config: TrainConfig, choices: Choices, given: dict) -> list[str]:
+def command_lines(config: TrainConfig, choices: Choices, given: dict, floor: int) -> list[str]:
     """Returns the command with the best choice for the device here, or for each size of cards.
-    `given` are the flags of the present command."""
+    `given` are the flags of the present command. `floor` is what scoring and evaluation need at
+    least, in bytes, which the keys of a step do not change."""
     lines, before = ["", "the most exact choice that fits, and of these the fastest:"], ""
     for name, memory in memories(config.device, CARDS).items():
-        text = f"nothing fits; {less(config, 1)}, or several GPUs (train_ep.py --plan 2 4 8)"
+        helps = less(config, 1)
+        if needed(config.device, Need(floor, host=0)) > memory:
+            helps = f"scoring and evaluation alone need {size_text(floor)}"
+        text = f"nothing fits: {helps}, or several GPUs (train_ep.py --plan 2 4 8)"
         if choice := best(choices, config.device, memory):
             flags = given | choice.changes(config)
             text = shlex.join(["python", "train.py", *words_of(flags)])
@@ -163,7 +167,7 @@ def rank_lines(
             flags = shlex.join(words_of(found[min(found)].changes(config)))
             text = f"{min(found)} ranks, {f'with {flags}' if flags else 'as in this config'}"
         else:
-            text = f"nothing fits; {less(config, most)}, or more ranks"
+            text = f"nothing fits: {less(config, most)}, or more ranks"
         lines.append(f"{name}: {text}")
     return lines
 

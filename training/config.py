@@ -63,7 +63,7 @@ class TrainConfig(SelectionConfig):
     deterministic: bool = key(True, "same seed and machine, same bits; false: faster on a GPU")
     optimizer_device: str = key(
         "",
-        "cpu: AdamW, masters, sums of gradients in host memory; empty: beside weights",
+        "cpu: AdamW runs there, with its state, to save GPU memory (default: device)",
         choices=("cpu",),
     )
     overwrite: bool = key(False, "delete what output_dir holds and start anew")
@@ -85,8 +85,9 @@ class TrainConfig(SelectionConfig):
         for name, reason in self.without_effect().items():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; no effect, since {reason}")
-        if self.quantize and self.method == "lora":
-            raise ValueError(f"quantize is {self.quantize!r}; cannot be with method lora")
+        if self.quantize and self.method != "esft":
+            why = f"method {self.method}, which changes all experts"
+            raise ValueError(f"quantize is {self.quantize!r}; cannot be with {why}")
         if self.compile and (obstacle := no_compilation(self)):
             raise ValueError(f"compile is true; cannot be with {obstacle}")
         for entry in self.eval_sets:
@@ -102,8 +103,6 @@ class TrainConfig(SelectionConfig):
             reasons |= dict.fromkeys(selecting, "expert_config is given")
         if self.method != "esft":
             reasons |= dict.fromkeys((*selecting, "expert_config"), f"method is {self.method}")
-        if self.method == "full":
-            reasons["quantize"] = "method is full, which trains all experts"
         if self.method != "lora":
             reasons |= dict.fromkeys(("lora_rank", "lora_scaling"), f"method is {self.method}")
         return reasons

@@ -185,7 +185,8 @@ def plan(
         advice = rank_lines(config, columns, choices)
         advice += exchange_lines(config, model_config, columns)
     else:
-        advice = command_lines(config, choices[0], given or {})
+        floor = min(need["peak", "inference"] for need in planned[0].values())
+        advice = command_lines(config, choices[0], given or {}, floor)
     count = sum(p.numel() for p in trained.values())
     adapter = size_text(count * getattr(torch, config.dtype).itemsize)
     steps = f"{config.batch_size} rows of {config.seq_length} tokens"
@@ -231,7 +232,7 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
         lines += [
             f"{said} gradient checkpointing:{used}",
             gib("  activations and what else a step holds", ("activations", checkpointing)),
-            gib("  peak of tensors in memory", ("peak", checkpointing)),
+            gib("  peak of a step", ("peak", checkpointing)),
             table_row("  fits", [fits(config.device, peak) for peak in peaks]),
         ]
     if config.optimizer_device:
