@@ -221,7 +221,7 @@ class PackedExperts(StackedExperts):
         # Kept, because making views in every step is slow. `.data`: for autograd the stacks do not
         # change after a layer saved them. It is right: when it reads them, they hold its weights.
         stacks = [stack.data for stack in self.stacks]
-        self.steps = [
+        self.unpackings = [
             (self.form.unpacking(*packed, stack), stack[: len(exact)], exact)
             for packed, stack, exact in zip(self.packed, stacks, self.exact)
         ]
@@ -278,7 +278,7 @@ class PackedExperts(StackedExperts):
         there = self.shared.holder is self and torch.is_grad_enabled()
         self.shared.holder = None  # until all is there
         with torch.no_grad():
-            for unpack, front, exact in self.steps:
+            for unpack, front, exact in self.unpackings:
                 if not there:
                     unpack()
                 front.copy_(exact)
@@ -298,8 +298,8 @@ PACKING = threading.Lock()  # threads pack in turns, so that what lies between s
 
 
 class UnpackAgain(torch.autograd.Function):
-    """Returns y, an output of the layer or of its experts. In backward, unpacks the layer before its
-    gradients, unless it ran again just before, as a checkpointed layer may."""
+    """Returns y, an output of the layer or of its experts. In backward, unpacks the layer before
+    its gradients, unless it ran again just before, as a checkpointed layer may."""
 
     @staticmethod
     def forward(ctx, y, experts):
