@@ -56,9 +56,11 @@ class Fp8:
     def unpacking(self, codes: Tensor, scale: Tensor, out: Tensor) -> Callable[[], None]:
         """Returns a function that writes the matrices into out (count, P * rows, columns)."""
         given = codes.view(torch.float8_e4m3fn), scale, out.view(codes.shape), self.block
-        return partial(fastest(unpack_fp8, out.device), *given)
+        return partial(kernel_of(unpack_fp8, out.device), *given)
 
-    def keep(self, stored: StoredTensor, codes: Tensor, scale: Tensor, buffer: Tensor) -> bool:
+    def keep_bytes(
+        self, stored: StoredTensor, codes: Tensor, scale: Tensor, buffer: Tensor
+    ) -> bool:
         """Fills codes and scale of one matrix with the bytes of a file, if it has this format."""
         if stored.scale is None or stored.block != self.block:
             return False
@@ -71,9 +73,9 @@ def unpack_fp8(values: Tensor, scale: Tensor, out: Tensor, block: tuple[int, int
     out.copy_(dequantise(values, scale, block))
 
 
-BLOCK = 64
+NF4_BLOCK = 64
 # fmt: off
-VALUES = (
+NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
@@ -84,7 +86,7 @@ VALUES = (
 
 @cache
 def values_on(device: torch.device) -> Tensor:
-    return torch.tensor(VALUES, device=device)
+    return torch.tensor(NF4_VALUES, device=device)
 
 
 class Nf4:
@@ -93,17 +95,17 @@ class Nf4:
 
     def empty(self, count: int, P: int, rows: int, columns: int) -> list[Tensor]:
         """See `Fp8.empty`. Raises ValueError for sizes that do not fill the blocks."""
-        if rows * columns % BLOCK:
+        if rows * columns % NF4_BLOCK:
             sizes = f"hidden_size x moe_intermediate_size is {rows * columns}"
-            raise ValueError(f"quantize is 'nf4'; {sizes}, and must be a multiple of {BLOCK}")
-        shape = count, P, rows * columns // BLOCK
-        codes = torch.empty(*shape, BLOCK // 2, dtype=torch.uint8, device="meta")
+            raise ValueError(f"quantize is 'nf4'; {sizes}, and must be a multiple of {NF4_BLOCK}")
+        shape = count, P, rows * columns // NF4_BLOCK
+        codes = torch.empty(*shape, NF4_BLOCK // 2, dtype=torch.uint8, device="meta")
         return [codes, torch.empty(shape, dtype=torch.bfloat16, device="meta")]
 
     def pack(self, weight: Tensor) -> list[Tensor]:
         """weight (rows, columns) -> codes and scale. NF4's own scale, the largest value of a block,
         gives the first codes. The scale that fits them best, by least squares, gives the codes."""
-        blocks, values = weight.float().view(-1, BLOCK), values_on(weight.device)
+        blocks, values = weight.float().view(-1, NF4_BLOCK), values_on(weight.device)
         between = (values[1:] + values[:-1]) / 2
 
         def nearest(scale: Tensor) -> Tensor:
@@ -118,11 +120,11 @@ class Nf4:
 
     def unpacking(self, codes: Tensor, scale: Tensor, out: Tensor) -> Callable[[], None]:
         """See `Fp8.unpacking`."""
-        out = out.view(*scale.shape, 2, BLOCK // 2)
-        run = fastest(unpack_nf4, out.device)
+        out = out.view(*scale.shape, 2, NF4_BLOCK // 2)
+        run = kernel_of(unpack_nf4, out.device)
         return partial(run, codes, scale, out, values_on(out.device))
 
-    def keep(self, *_) -> bool:
+    def keep_bytes(self, *_) -> bool:
         """Returns False: no checkpoint has this format."""
         return False
 
@@ -133,7 +135,7 @@ def unpack_nf4(codes: Tensor, scale: Tensor, out: Tensor, values: Tensor) -> Non
 
 
 @cache
-def fastest(unpack: Callable, device: torch.device) -> Callable:
+def kernel_of(unpack: Callable, device: torch.device) -> Callable:
     """Returns `unpack` as one kernel where this machine can compile it, else expert by expert."""
 
     def one_by_one(codes: Tensor, scale: Tensor, out: Tensor, extra) -> None:
@@ -240,7 +242,7 @@ class PackedExperts(StackedExperts):
     def read(self, e: int, part: str, stored: StoredTensor, buffer: Tensor) -> None:
         """Packs a tensor of a file. It is read again where the expert is needed exactly."""
         self.stored[e, part] = stored
-        if not self.form.keep(stored, *self.rows(e, part), buffer):
+        if not self.form.keep_bytes(stored, *self.rows(e, part), buffer):
             weight = torch.empty(stored.shape, dtype=self.down.dtype, device=self.down.device)
             stored.copy_to(weight, buffer)
             with PACKING:

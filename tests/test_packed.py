@@ -21,7 +21,7 @@ import select_experts
 import train as trainer
 from adapter import load_adapter, mark_trainable, put_tensors, remove_adapter, save_adapter
 from checkpoint import build_model, load_model
-from fast.packed import PARTS, VALUES, Fp8, Nf4, memory, packed_layers
+from fast.packed import NF4_VALUES, PARTS, Fp8, Nf4, memory, packed_layers
 from generate import generate, likelihoods
 from model import Block, Transformer, checkpointed, token_losses
 from peft_format import save_lora
@@ -208,7 +208,7 @@ def plain_nf4(weight: torch.Tensor) -> torch.Tensor:
     blocks = weight.float().reshape(-1, 64)
     scale = blocks.abs().max(1, keepdim=True).values
     ratios = torch.nan_to_num(blocks / scale)
-    values = torch.tensor(VALUES)
+    values = torch.tensor(NF4_VALUES)
     codes = (ratios[..., None] - values).abs().argmin(-1)
     return (values[codes] * scale).reshape(weight.shape)
 
@@ -231,7 +231,7 @@ def nf4_weights() -> dict[str, torch.Tensor]:
 
 
 def test_the_values_are_the_papers():
-    assert [float(value) for value in PAPER.split()] == pytest.approx(VALUES, abs=5e-5)
+    assert [float(value) for value in PAPER.split()] == pytest.approx(NF4_VALUES, abs=5e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,7 +251,9 @@ def test_nf4_errs_no_more_than_the_papers(name, dtype):
 
 def test_nf4_errs_no_more_than_that_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert functional.get_4bit_type("nf4", device="cpu").tolist() == pytest.approx(VALUES, abs=1e-7)
+    assert functional.get_4bit_type("nf4", device="cpu").tolist() == pytest.approx(
+        NF4_VALUES, abs=1e-7
+    )
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(9)).to(dtype)
         stored = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
@@ -361,6 +363,23 @@ def test_gradients_are_those_of_a_plain_model(tmp_path, quantize, layers):
             assert any(v.any() for n, v in found[0].items() if ".mlp.experts." in n)
             same(found[0], found[2])
             same(found[1], found[2])
+
+
+@pytest.mark.parametrize("experts", ["grouped", "loop"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_is_unpacked_once_in_forward_and_once_in_backward(tmp_path, experts, checkpointing):
+    """The last layer's weights are still there when backward begins."""
+    base = random_checkpoint(tmp_path, None, num_hidden_layers=4)
+    model = load_model(base, dtype=torch.float32, quantize="nf4", experts=experts)
+    mark_trainable(model, {"experts": {"1": [2]}})
+    done = []
+    for name, layer in packed_layers(model).items():
+        (unpack, front, exact), down = layer.unpackings
+        counted = lambda name=name, unpack=unpack: done.append(name) or unpack()  # noqa: E731
+        layer.unpackings = [(counted, front, exact), down]
+    gradients(model, TOKENS, checkpointing=checkpointing)
+    names = [*packed_layers(model)]
+    assert len(names) == 3 and done == [*names, *names[-2::-1]]
 
 
 def test_compiled_layers_have_the_gradients_of_plain_ones(graphs, tmp_path):
