@@ -347,9 +347,10 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.float(), weight.float())
 
 
-def top_experts(scores: Tensor, count: int) -> Tensor:
-    """scores (N, E) -> the indices of the largest (N, count), the largest first."""
-    return scores.topk(count, -1).indices
+def top_experts(scores: Tensor, choice: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the scores and indices (N, count) of the experts with the largest `choice` (N, E)."""
+    indices = choice.topk(count, -1).indices
+    return scores.gather(1, indices), indices
 
 
 class Gate(nn.Module):
@@ -389,8 +390,7 @@ class Gate(nn.Module):
             kept = best.topk(c.topk_group, -1).indices  # (N, topk_group)
             dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
             choice = groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
-        indices = self.top_experts(choice, c.num_experts_per_tok)
-        weights = scores.gather(1, indices)
+        weights, indices = self.top_experts(scores, choice, c.num_experts_per_tok)
         if c.normalises_gates:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if c.scales_gates:
@@ -459,9 +459,7 @@ class MoE(nn.Module):
             scores = scores / scores.sum(-1, keepdim=True)
         groups = rows if self.config.seq_aux else 1
         chosen = indices.view(groups, -1)  # (groups, slots)
-        f = torch.zeros(groups, E, device=scores.device).scatter_add_(
-            1, chosen, torch.ones_like(chosen, dtype=torch.float32)
-        ) * (E / chosen.shape[1])
+        f = E * (chosen[..., None] == torch.arange(E, device=scores.device)).float().mean(1)
         return (f * scores.view(groups, -1, E).mean(1)).sum(-1).expand(rows)
 
 

@@ -275,9 +275,8 @@ def losses_of(
     if torch.is_grad_enabled() and config.gradient_checkpointing:
         run_block = checkpointed(run_block)
     given = model, rows.tokens.to(config.device), rows.labels, documents, balance, run_block
-    if config.experts == "loop":  # model.py alone
-        return token_losses(*given)
-    return fast.token_losses(*given, compiled=bool(config.compile))
+    losses = token_losses if config.experts == "loop" else fast.token_losses  # loop: model.py alone
+    return losses(*given)
 
 
 @torch.no_grad()

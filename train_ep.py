@@ -14,16 +14,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import read_keys
-from fast.experts import compiled_swiglu, sort_by_expert, sum_slots
+from fast.experts import sort_by_expert, sum_slots
 from model import ModelConfig, MoE, Transformer
 from processes import ManyProcesses, SingleProcess, total_norm
 from train import compute_gradients, train
@@ -46,7 +44,6 @@ class Route:
     sent: list[int]  # slots that go from here to each rank
     arriving: list[int]  # slots that come here from each
     group: dist.ProcessGroup | None
-    sum_slots: Callable  # `sum_slots`, or the same, compiled
     under_way: list = None  # what `start` left for `finish`
 
     def start(self, tensors: list[Tensor], back: bool) -> None:
@@ -89,7 +86,7 @@ class Depart(torch.autograd.Function):
     def backward(ctx, _, __):
         (inverse,), K = ctx.saved_tensors, ctx.route.K
         dslots, dweights = ctx.route.finish()
-        dx = ctx.route.sum_slots(dslots, inverse, K)
+        dx = sum_slots(dslots, inverse, K)
         return dx, dweights[inverse].view(-1, K), None, None, None
 
 
@@ -122,7 +119,7 @@ class Return(torch.autograd.Function):
         (slots,) = route.finish()
         ctx.save_for_backward(order)
         ctx.route = route
-        return route.sum_slots(slots, inverse, route.K)
+        return sum_slots(slots, inverse, route.K)
 
     @staticmethod
     def backward(ctx, dy):
@@ -131,25 +128,12 @@ class Return(torch.autograd.Function):
         return *ctx.route.finish(), None, None, None, None
 
 
-@cache
-def compiled_sum() -> Callable:
-    """Returns `sum_slots` for any number of slots, in one kernel that reads each slot once."""
-
-    def add(out: Tensor, inverse: Tensor, K: int) -> Tensor:
-        places = inverse.view(-1, K)
-        return sum(out[places[:, k]].float() for k in range(K)).to(out.dtype)
-
-    return torch.compile(add, dynamic=True)
-
-
 class Exchange:
     """Stands in place of `MoE.all_experts` where the ranks of a group share a layer's experts. With
     gradients, each rank has its own tokens. Without (scoring, validation, evaluation), all have the
     same tokens: each rank does its share of the work, and all get the same bits."""
 
-    def __init__(
-        self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None, compiled: bool
-    ):
+    def __init__(self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None):
         self.moe, self.rank, self.size, self.group = moe, rank, size, group
         self.anchor = torch.zeros((), requires_grad=True)
         count = len(moe.experts) // size
@@ -157,8 +141,6 @@ class Exchange:
         for e in set(range(len(moe.experts))) - set(self.held):
             moe.experts[e] = nn.Identity()  # it has no parameters, and an empty slice passes it
         moe.all_experts = self
-        # Compiled layers end at an exchange, so sum and activation are compiled apart.
-        self.sum_slots, self.compiled = compiled_sum() if compiled else sum_slots, compiled
 
     @torch.compiler.disable
     def __call__(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -183,28 +165,24 @@ class Exchange:
         if indices.is_meta:  # a plan assumes that tokens are spread evenly
             even = [len(order) // self.size] * self.size
             experts = ids.new_empty(sum(even))
-            return Route(order, inverse, K, even, even, self.group, self.sum_slots), experts
+            return Route(order, inverse, K, even, even, self.group), experts
         arriving = torch.empty_like(counts)  # (E,) from each rank to each expert here
         dist.all_to_all_single(arriving, counts, group=self.group)
         both = torch.stack([counts, arriving]).view(2, self.size, -1).sum(-1).tolist()
         experts = ids.repeat(self.size).repeat_interleave(arriving, output_size=sum(both[1]))
-        return Route(order, inverse, K, *both, self.group, self.sum_slots), experts
+        return Route(order, inverse, K, *both, self.group), experts
 
     def run(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         route, experts = self.route(indices)
         sent = Depart.apply(x, weights, route.order, route.inverse, route)
         shared = self.moe.shared_experts(x)  # while the slots travel
         slots, slot_weights = Arrive.apply(*sent, route)
-        if self.compiled:
-            self.moe.experts.activation = compiled_swiglu()
         # Each slot that arrived is a token with one expert.
         y = self.moe.run_experts(self.moe, slots, slot_weights[:, None], experts[:, None])
         return Return.apply(y, self.anchor, route.order, route.inverse, route) + shared
 
 
-def split_experts(
-    model: Transformer, rank: int, size: int, group=None, compiled: bool = False
-) -> None:
+def split_experts(model: Transformer, rank: int, size: int, group=None) -> None:
     """Takes out of the model the experts that other members of a group hold, and puts an `Exchange`
     into each layer. This is member `rank` of `size`. Raises ValueError if there are no equal
     parts."""
@@ -215,7 +193,7 @@ def split_experts(
     if size > 1:
         for block in model.model.layers:
             if isinstance(block.mlp, MoE):
-                Exchange(block.mlp, rank, size, group, compiled)
+                Exchange(block.mlp, rank, size, group)
 
 
 # ------------------------------------------------------------------------------------------
@@ -278,8 +256,7 @@ class ExpertParallel(ManyProcesses):
             reason = "the balance loss is of a whole micro-batch, but a rank has a part of it"
             needed = "--aux_loss_alpha 0 trains without it"
             raise ValueError(f"seq_aux is false in config.json: {reason}; {needed}")
-        member, compiled = self.rank % self.ep_size, bool(self.config.compile)
-        split_experts(model, member, self.ep_size, self.replica, compiled)
+        split_experts(model, self.rank % self.ep_size, self.ep_size, self.replica)
 
     def reduce(self, gradients: dict[str, Tensor]) -> Tensor:
         experts = [g for name, g in gradients.items() if is_expert(name)]

@@ -94,7 +94,7 @@ def main() -> None:
         with torch.no_grad():
             hidden, _ = model.hidden_states(tokens.to(device), **how)
             logits = model.lm_head(hidden).cpu().double()
-        losses, _ = token_losses(model, tokens.to(device), tokens, **how, compiled=compiled)
+        losses, _ = token_losses(model, tokens.to(device), tokens, **how)
         losses.mean().backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         return logits, gather(gradients, config.n_routed_experts)

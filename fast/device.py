@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fast import kernels
+
 # Up to this number of tokens a step waits for the weights of the experts, not for arithmetic.
 FEW_TOKENS = 128
 
@@ -14,6 +16,11 @@ _meta_is_gpu = False
 
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda or (x.is_meta and _meta_is_gpu)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether fast/kernels.py serves x: on a GPU with Triton, which torch brings for most."""
+    return on_gpu(x) and (x.is_meta or kernels.triton is not None)
 
 
 @contextmanager

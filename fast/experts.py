@@ -4,15 +4,14 @@ experts of a layer, because their weights lie side by side in one tensor, a stac
 Dimensions as in model.py, but E is the number of experts that this process holds. Slots are sorted
 by place in the stack; `ends` (E,) says where the slots of each place end."""
 
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.device import FEW_TOKENS, compiling_for_few, stays_on_device
+from fast import kernels
+from fast.device import FEW_TOKENS, has_kernels, on_gpu, stays_on_device
 from model import MLP, MoE
 
 # ------------------------------------------------------------------------------------------
@@ -41,7 +40,6 @@ class StackedExperts(nn.ModuleList):
         super().__init__(experts)
         self.expert_at = [e for e, expert in enumerate(experts) if isinstance(expert, MLP)]
         self.is_whole = len(self.expert_at) == len(experts)
-        self.activation = swiglu, swiglu_backward  # train_ep.py may put compiled ones here
         self.trained: TrainedFront | None = None  # `compiled_blocks` sets it
         old = [experts[e] for e in self.expert_at]
         I, D = old[0].gate_proj.weight.shape
@@ -152,62 +150,49 @@ def experts_grouped(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Te
     gradient: `mark_trainable` moves the trained ones to the front."""
     experts = moe.experts
     places = experts.place_of[indices]  # (N, K)
-    if x.is_cuda and len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
-        # Uncompiled in bfloat16, with fewer slots than experts, the grouped product below is best:
-        # it reads the chosen experts alone.
-        many_slots = places.numel() >= len(experts.expert_at)
-        if many_slots or torch.compiler.is_compiling() or x.dtype != torch.bfloat16:
-            return experts_for_few(experts, x, weights, places)
+    if on_gpu(x) and len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
+        return experts_for_few(experts, x, weights, places)
     order, inverse, ends = sort_by_expert(places, len(experts.expert_at))
     # Compiled code gets the tensors that `compiled_blocks` made outside of the graph: with the
     # parameters themselves, each layer would need a graph of its own.
     trained = experts.trained if torch.compiler.is_compiling() else trained_stacks(experts)
     stacks = experts.gate_up, experts.down, *(trained or (None, None, None))
-    return GroupedExperts.apply(x, weights, order, inverse, ends, experts.activation, *stacks)
+    return GroupedExperts.apply(x, weights, order, inverse, ends, *stacks)
 
 
 def experts_for_few(experts: StackedExperts, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     """Returns the result of `experts_grouped` for few tokens, without gradients and without sorting
     the slots."""
-    (N, K), E = places.shape, len(experts.expert_at)
-    if N * K < E and compiling_for_few(x):
-        # The compiler fuses the gather into the sum: the gathered weights are never stored.
-        h = (experts.gate_up[places].float() * x[:, None, None].float()).sum(-1)  # (N, K, 2I)
-        gate, up = h.chunk(2, -1)
-        act = (F.silu(gate) * up)[:, :, None]  # (N, K, 1, I)
-        # as_strided makes the compiler store `act`. Otherwise each sum would compute it again.
-        act = act.as_strided(act.shape, act.stride())
-        out = (experts.down[places].float() * act).sum(-1)  # (N, K, D)
-        return (out * weights[..., None]).sum(1).to(x.dtype)
+    E = len(experts.expert_at)
+    if places.numel() < E and has_kernels(x):
+        return kernels.experts_for_few(x, weights, places, experts.gate_up, experts.down)
     # Every expert for every token: most experts would be read anyway, and each is read once.
-    weight = weights.new_zeros(N, E).scatter_(1, places, weights).T[..., None]  # (E, N, 1)
+    weight = weights.new_zeros(len(x), E).scatter_(1, places, weights).T[..., None]  # (E, N, 1)
     h = torch.bmm(x.expand(E, -1, -1), experts.gate_up.mT)  # (E, N, 2I)
     gate, up = h.float().chunk(2, -1)
     act = torch.where(weight != 0, F.silu(gate) * up * weight, 0)  # no inf * 0 where not chosen
     return torch.bmm(act.to(x.dtype), experts.down.mT).sum(0)
 
 
-def swiglu(h: Tensor, weight: Tensor) -> Tensor:
-    """Gate and up product h (S, 2I), routing weight (S, 1) -> the experts' activation times its
-    weight (S, I), computed in float32."""
+def swiglu(h: Tensor, weight: Tensor, count: Tensor | None = None) -> Tensor:
+    """Gate and up product h (S, 2I), routing weight (S,) -> the experts' activation times its
+    weight (S, I), computed in float32. With `count` (1,), only the first slots are wanted."""
+    if has_kernels(h):
+        return kernels.swiglu(h, weight, count)
     gate, up = h.float().chunk(2, -1)
-    return (F.silu(gate) * up * weight).to(h.dtype)
+    return (F.silu(gate) * up * weight[:, None]).to(h.dtype)
 
 
 def swiglu_backward(h: Tensor, weight: Tensor, dact: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of `swiglu`'s result (S, I) -> those of h (S, 2I) and of the weights (S,)."""
+    if has_kernels(h):
+        return kernels.swiglu_backward(h, weight, dact)
     gate, up = h.float().chunk(2, -1)
-    dact, sigmoid = dact.float(), gate.sigmoid()
+    dact, weight, sigmoid = dact.float(), weight[:, None], gate.sigmoid()
     silu = gate * sigmoid
     dgate = dact * weight * up * (sigmoid + silu * (1 - sigmoid))
     dh = torch.cat([dgate, dact * weight * silu], -1).to(h.dtype)
     return dh, (dact * silu * up).sum(-1)
-
-
-@cache
-def compiled_swiglu() -> tuple[Callable, Callable]:
-    """`swiglu` and `swiglu_backward`, compiled for any number of slots."""
-    return tuple(torch.compile(piece, dynamic=True) for piece in (swiglu, swiglu_backward))
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -219,39 +204,39 @@ class GroupedExperts(torch.autograd.Function):
     gives the weight gradients of the trained front."""
 
     @staticmethod
-    def forward(ctx, x, weights, order, inverse, ends, activation, gate_up, down, *trained):
+    def forward(ctx, x, weights, order, inverse, ends, gate_up, down, *trained):
         N, K = weights.shape
         h = grouped_mm(x.index_select(0, order // K), gate_up.mT, ends)  # (S, 2I)
-        act = activation[0](h, weights.flatten()[order, None])  # (S, I)
+        act = swiglu(h, weights.flatten()[order])  # (S, I)
         out = grouped_mm(act, down.mT, ends)  # (S, D)
         _, trained_down, last = trained
         ctx.save_for_backward(x, weights, order, inverse, ends, h, gate_up, down, last)
-        ctx.length, ctx.activation = 0 if last is None else len(trained_down), activation
+        ctx.length = 0 if last is None else len(trained_down)
         return sum_slots(out, inverse, K)
 
     @staticmethod
     def backward(ctx, dy):
         x, weights, order, inverse, ends, h, gate_up, down, last = ctx.saved_tensors
         (N, K), token = weights.shape, order // weights.shape[1]
-        weight = weights.flatten()[order, None]  # (S, 1)
+        weight = weights.flatten()[order]  # (S,)
         dy = dy.index_select(0, token)  # (S, D)
-        dh, dweights = ctx.activation[1](h, weight, grouped_mm(dy, down, ends))
+        dh, dweights = swiglu_backward(h, weight, grouped_mm(dy, down, ends))
         dweights = dweights[inverse].view(N, K)
         dx = dgate_up = ddown = None
         if ctx.needs_input_grad[0]:
             dx = sum_slots(grouped_mm(dh, gate_up, ends), inverse, K)
         if ctx.length:
-            # Where knowing their number costs nothing, slots of frozen experts are cut off. A GPU
-            # keeps all slots: `trained_ends` ends the product in time.
-            rows = slice(None)
+            # The slots of trained experts come first. Where knowing their number costs nothing, the
+            # others are cut off. A GPU keeps them: `trained_ends` ends the products in time.
+            count, rows = ends[last], slice(None)
             if not stays_on_device(x):
                 rows = slice(sum(slots_per_place(ends, len(order))[: ctx.length]))
             # Experts behind the last trained one only fill up `length`: they get no slots.
-            trained_ends = torch.minimum(ends[: ctx.length], ends[last])
-            act = ctx.activation[0](h[rows], weight[rows])
-            dgate_up = grouped_outer(dh[rows], x.index_select(0, token[rows]), trained_ends)
+            trained_ends = torch.minimum(ends[: ctx.length], count)
+            act = swiglu(h[rows], weight[rows], count)
+            dgate_up = grouped_outer(dh[rows], take_rows(x, token[rows], count), trained_ends)
             ddown = grouped_outer(dy[rows], act, trained_ends)
-        return dx, dweights, None, None, None, None, None, None, dgate_up, ddown, None
+        return dx, dweights, None, None, None, None, None, dgate_up, ddown, None
 
 
 # ------------------------------------------------------------------------------------------
@@ -278,12 +263,19 @@ def slots_per_place(ends: Tensor, slots: int) -> list[int]:
     return [end - begin for begin, end in zip([0, *bounds], bounds)]
 
 
+def take_rows(x: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    """Returns x[index]. Only the first `count` (1,) rows are wanted."""
+    return kernels.take_rows(x, index, count) if has_kernels(x) else x.index_select(0, index)
+
+
 def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
     """out (S, D), sorted -> the sum of each token's K slots (N, D). It has no backward."""
     if K == 1:
         return out[inverse]
-    if stays_on_device(out):
+    if torch.compiler.is_compiling():  # the compiler adds what comes next, too
         return out[inverse].view(-1, K, out.shape[-1]).sum(1)
+    if has_kernels(out):
+        return kernels.sum_slots(out, inverse, K)
     # On a CPU this is one pass, without a copy of the slots in another order.
     return F.embedding_bag(inverse.view(-1, K), out, mode="sum")
 

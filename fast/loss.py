@@ -1,31 +1,26 @@
 """The loss of `model.token_losses`, without logits for all tokens at once."""
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fast import kernels
+from fast.device import has_kernels
 from model import Block, RunBlock, Transformer, next_tokens
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logits (M, V), targets (M,) -> losses (M,) float32, and the gradient of each loss with
-    respect to its logits (M, V), in their dtype."""
+    respect to its logits (M, V), in their dtype. The logits may be overwritten."""
+    if has_kernels(logits):
+        return kernels.cross_entropy(logits, targets)
     scores = logits.float()
     total = scores.logsumexp(-1, keepdim=True)
     losses = (total - scores.gather(1, targets[:, None]))[:, 0]
     slope = (scores - total).exp_()
     ids = torch.arange(slope.shape[1], device=slope.device)
     return losses, slope.add_(ids == targets[:, None], alpha=-1).to(logits.dtype)
-
-
-@cache
-def compiled_cross_entropy() -> Callable:
-    """One kernel or two instead of a dozen, for any number of tokens."""
-    return torch.compile(cross_entropy, dynamic=True)
 
 
 class HeadLosses(torch.autograd.Function):
@@ -35,10 +30,10 @@ class HeadLosses(torch.autograd.Function):
     while the logits of `chunk` tokens are there, and the logits need not be formed again."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, chunk, piece):
+    def forward(ctx, hidden, head, targets, chunk):
         losses, slopes = [], torch.empty_like(hidden)
         for states, aims, slope in zip(*(x.split(chunk) for x in (hidden, targets, slopes))):
-            loss, dlogits = piece(F.linear(states, head), aims)
+            loss, dlogits = cross_entropy(F.linear(states, head), aims)
             losses.append(loss)
             torch.mm(dlogits, head, out=slope)
         ctx.save_for_backward(slopes)
@@ -47,7 +42,7 @@ class HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlosses):
         (slopes,) = ctx.saved_tensors
-        return (slopes * dlosses[:, None]).to(slopes.dtype), None, None, None, None
+        return (slopes * dlosses[:, None]).to(slopes.dtype), None, None, None
 
 
 def token_losses(
@@ -57,12 +52,10 @@ def token_losses(
     documents: Tensor | None = None,
     balance: bool = False,
     run_block: RunBlock = Block.__call__,
-    compiled: bool = False,
     chunk: int = 2048,
 ) -> tuple[Tensor, Tensor | None]:
     """What `model.token_losses` returns. Logits exist for `chunk` tokens at a time; only where the
-    head is trained are they formed again in backward. `compiled`: the cross-entropy goes through
-    torch.compile."""
+    head is trained are they formed again in backward."""
     places, targets = next_tokens(labels)
     hidden, balance_loss = model.hidden_states(
         tokens, documents=documents, balance=balance, run_block=run_block
@@ -70,8 +63,7 @@ def token_losses(
     hidden = hidden.flatten(0, 1)[places.to(hidden.device)]  # (M, D)
     targets, head = targets.to(hidden.device), model.lm_head
     if hidden.requires_grad and not head.weight.requires_grad:
-        piece = compiled_cross_entropy() if compiled else cross_entropy
-        return HeadLosses.apply(hidden, head.weight, targets, chunk, piece), balance_loss
+        return HeadLosses.apply(hidden, head.weight, targets, chunk), balance_loss
 
     def losses(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, reduction="none")

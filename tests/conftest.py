@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # test_kernels.py; Triton reads it when it is imported
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
 SHARED = ROOT.parent / "shared" / "data"  # published data, used where it is present

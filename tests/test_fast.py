@@ -16,9 +16,10 @@ import model as plain
 from adapter import mark_trainable
 from checkpoint import build_model, load_model
 from config import read_keys
+from fast.attention import BLOCK, attend, group_documents
 from fast.device import meta_as_gpu, on_gpu
 from fast.experts import experts_for_few, swiglu, swiglu_backward
-from fast.gate import top_experts
+from fast.gate import ScoresAt, top_experts
 from model import Block, MoE, checkpointed, experts_loop
 from train import command_line, train
 from training.config import TrainConfig
@@ -86,7 +87,7 @@ def test_losses_of_a_bfloat16_model_are_float32(head):
 def test_activations_are_computed_in_float32_and_rounded_once():
     generator = torch.Generator().manual_seed(0)
     h, dact = (torch.randn(64, w, generator=generator).bfloat16() for w in (32, 16))
-    weight = torch.rand(64, 1, generator=generator)
+    weight = torch.rand(64, generator=generator)
     assert torch.equal(swiglu(h, weight), swiglu(h.float(), weight).bfloat16())
     dh, dweights = swiglu_backward(h, weight, dact)
     exact_dh, exact_dweights = swiglu_backward(h.float(), weight, dact.float())
@@ -107,6 +108,38 @@ def test_a_model_without_values_has_the_shapes_of_one_with_values(experts):
 def test_a_document_mask_shows_each_token_its_own_document_up_to_itself():
     mask = plain.document_mask(torch.tensor([[3, 3, 5]]), torch.device("cpu"))
     assert mask.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
+
+
+@pytest.mark.parametrize("length", [1, 40, 128, 300])
+def test_documents_as_blocks_show_what_the_mask_shows(length):
+    """300 tokens are three blocks, of which documents fill some and share others."""
+    draw = torch.Generator().manual_seed(length)
+    begins = (torch.rand(2, length, generator=draw) < torch.tensor([[0.002], [0.1]])).long()
+    documents = 7 + begins.cumsum(1)
+    q, k = (torch.randn(2, length, 2, 16, generator=draw) for _ in range(2))
+    v = torch.randn(2, length, 2, 8, generator=draw)
+    expected = plain.attend(q, k, v, plain.document_mask(documents, q.device))
+    groups = group_documents(documents, q.device)
+    torch.testing.assert_close(attend(q, k, v, groups), expected)
+    torch.testing.assert_close(attend(q, k, v, groups.blocks), expected)
+
+
+def test_blocks_that_no_query_sees_are_left_out():
+    documents = torch.arange(4).repeat_interleave(BLOCK)[None]  # each fills a block
+    blocks = group_documents(documents, documents.device).blocks
+    assert blocks.kv_num_blocks.tolist() == [[[1, 1, 1, 1]]]  # its own, up to each query
+    assert blocks.full_kv_num_blocks.tolist() == [[[0, 0, 0, 0]]]
+    alone = group_documents(torch.zeros_like(documents), documents.device).blocks
+    assert alone.full_kv_num_blocks.tolist() == [[[0, 1, 2, 3]]]
+
+
+def test_the_gradient_of_chosen_scores_is_that_of_gather():
+    scores = torch.randn(5, 8, requires_grad=True)
+    indices, dy = torch.stack([torch.randperm(8)[:3] for _ in range(5)]), torch.randn(5, 3)
+    values = ScoresAt.apply(scores, indices)
+    assert torch.equal(values, scores.gather(1, indices))
+    (found,) = torch.autograd.grad(values, scores, dy)
+    assert torch.equal(found, torch.zeros(5, 8).scatter(1, indices, dy))
 
 
 def test_meta_tensors_take_a_gpu_s_path_only_where_that_is_asked():
@@ -285,7 +318,9 @@ def test_the_paths_of_few_tokens_equal_the_loop(family, rows, tmp_path):
 
 def test_the_largest_as_the_compiler_reads_it():
     scores = torch.tensor([[1.0, 3.0, 2.0, 3.0, -torch.inf], [torch.nan] * 5])
-    compiled = torch.compile(top_experts, backend="eager", dynamic=False)(scores, 3)
+    compile = torch.compile(top_experts, backend="eager", dynamic=False)
+    values, compiled = compile(torch.arange(10.0).view(2, 5), scores, 3)
+    assert values[0].tolist() == [1, 3, 2]
     assert compiled[0].tolist() == [1, 3, 2]  # of equals the first
     assert compiled[1].max() < 5  # an expert that is there
 

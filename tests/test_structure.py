@@ -24,7 +24,7 @@ FLOORS = [
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in sorted(rooms)}
 PACKAGES = {
     *("torch", "safetensors", "tokenizers", "numpy", "tqdm", "huggingface_hub", "jinja2"),
-    "matplotlib",
+    *("matplotlib", "triton"),  # asked for before it is used; torch's build for a GPU brings triton
 }
 
 

@@ -3,7 +3,7 @@ without data, and the bytes that it allocates are counted."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -13,14 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import Rows
-from fast import StackedExperts
 from fast.device import meta_as_gpu
 from fast.packed import memory
 from generate import PREFILL_TOKENS
 from model import Cache, Transformer
 from processes import SingleProcess
 from select_experts import BATCH_TOKENS
-from training.config import TrainConfig, compiles
+from training.config import TrainConfig
 from training.host_optimizer import make_optimizer
 
 
@@ -44,19 +43,6 @@ def fused_attention(q, k, v, mask=None, **_) -> Tensor:
     """Stands in for `scaled_dot_product_attention`. A TorchFunctionMode would not reach the layers
     that backward runs again."""
     return FlashAttention.apply(q, k, v)
-
-
-def fused_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Stands in for `fast.loss.cross_entropy`, compiled: it allocates its results alone."""
-    return logits.new_empty(len(targets), dtype=torch.float32), torch.empty_like(logits)
-
-
-def fused_swiglu(h: Tensor, weight: Tensor) -> Tensor:
-    return h.new_empty(len(h), h.shape[1] // 2)
-
-
-def fused_swiglu_backward(h: Tensor, weight: Tensor, dact: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(h), h.new_empty(len(h), dtype=torch.float32)
 
 
 class Allocations(TorchDispatchMode):
@@ -105,7 +91,6 @@ def step_bytes(
     alpha = config.balance_weight(model.config)
     with (
         as_on_device(config),
-        compiled_pieces(config, model),
         Allocations([*memory(model), *optimizer.masters.values()]) as allocations,
     ):
         compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
@@ -141,19 +126,4 @@ def as_on_device(config: TrainConfig) -> Iterator[None]:
         meta_as_gpu(like_gpu),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
     ):
-        yield
-
-
-@contextmanager
-def compiled_pieces(config: TrainConfig, model: Transformer) -> Iterator[None]:
-    """Lets the pieces that need much memory between their operations need none, as in compiled
-    layers, if `config` compiles them."""
-    count = sum(p.numel() for p in model.parameters())
-    with ExitStack() as stack:
-        if compiles(config, model.config, count):
-            stack.enter_context(mock.patch("fast.loss.cross_entropy", fused_cross_entropy))
-            fused = fused_swiglu, fused_swiglu_backward
-            for module in model.modules():
-                if isinstance(module, StackedExperts):
-                    stack.enter_context(mock.patch.object(module, "activation", fused))
         yield
