@@ -2,21 +2,49 @@
 device, and documents without a mask."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import model
-from fast.device import on_gpu
+from fast import kernels
+from fast.device import has_kernels, on_gpu
+from fast.kernels import two_powers
+
+BLOCK = 128  # queries, and keys, of a block of FlexAttention's
 
 
 @dataclass
 class Documents:
     """Which tokens see each other, in place of a mask: see `group_documents`."""
 
+    numbers: Tensor  # (B, T) of each token's document, on the CPU
     groups: list[Tensor]  # of each group (count, longest): indices of the B * T tokens
     places: Tensor  # (B * T,) where each token is in all groups one after another
+
+    @cached_property
+    def blocks(self) -> BlockMask:
+        """The same for FlexAttention, whose shapes do not depend on the documents' lengths. It
+        skips the blocks of keys that no query of a block sees."""
+        device, T = self.places.device, self.numbers.shape[1]
+        padded = F.pad(self.numbers[:, None].double(), (0, -T % BLOCK), mode="replicate")[:, 0]
+        begins, ends = padded[:, ::BLOCK], padded[:, BLOCK - 1 :: BLOCK]  # (B, blocks)
+        seen = (ends[:, None] >= begins[:, :, None]).tril()  # (B, blocks of queries, of keys)
+        whole = (begins[:, None] == ends[:, :, None]).tril(-1)
+        numbers = self.numbers.to(device)
+
+        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (numbers[b, query] == numbers[b, key])
+
+        lists = []
+        for chosen in (seen & ~whole, whole):
+            count = chosen.sum(-1, dtype=torch.int32)[:, None].to(device)
+            order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+            lists += [count, order.int()[:, None].to(device)]
+        return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(T, T))
 
 
 def group_documents(documents: Tensor, device: torch.device) -> Documents:
@@ -36,25 +64,76 @@ def group_documents(documents: Tensor, device: torch.device) -> Documents:
         places[indices[within]] = before + within.flatten().nonzero()[:, 0]
         before += indices.numel()
         groups.append(indices.to(device))
-    return Documents(groups, places.to(device))
+    return Documents(documents, groups, places.to(device))
+
+
+class SameBitsAttention(torch.autograd.Function):
+    """Causal attention by cuDNN; q, k (B, T, H, A), v (B, T, H, Z) -> (B, T, H, Z). Of what cuDNN
+    computes only the gradient of q differs from run to run. That comes from a kernel of ours."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        given = (x.transpose(1, 2) for x in (q, k, v))
+        options = {"attn_bias": None, "compute_log_sumexp": True, "is_causal": True}
+        out, logsumexp, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *given, **options, scale=scale
+        )
+        out = out.transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, logsumexp, seed, offset)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, out, logsumexp, seed, offset = ctx.saved_tensors
+        dy, T = dy.contiguous(), q.shape[1]
+        given = (x.transpose(1, 2) for x in (dy, q, k, v, out))
+        rest = logsumexp, seed, offset, None, None, None, T, T, 0.0, True
+        backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        _, dk, dv = backward(*given, *rest, scale=ctx.scale)
+        dq = kernels.query_gradient(q, k, v, out, dy, logsumexp, ctx.scale)
+        return dq, dk.transpose(1, 2), dv.transpose(1, 2), None
+
+
+@torch.compiler.assume_constant_result
+def on_hopper(device: torch.device) -> bool:
+    """Whether cuDNN has a backward for heads of DeepSeek's widths."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_same_bits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `SameBitsAttention` serves here."""
+    widths = two_powers(q.shape[-1]) and v.shape[-1] in (16, 32, 64, 128, 256)
+    suits = widths and q.shape[2] == k.shape[2] and q.dtype in (torch.bfloat16, torch.float16)
+    suits = suits and q.shape[1] > 1  # cuDNN wants more than one token
+    return bool(suits) and q.is_cuda and has_kernels(q) and on_hopper(q.device)
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | Documents | None = None,
+    mask: Tensor | Documents | BlockMask | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """What `model.attend` returns; `mask` may be what `group_documents` returns."""
+    """What `model.attend` returns; `mask` may be what `group_documents` returns, or its blocks."""
     if isinstance(mask, Documents):
         tokens = [x.flatten(0, 1) for x in (q, k, v)]
         out = [attend(*(x[indices] for x in tokens), scale=scale) for indices in mask.groups]
         return torch.cat([x.flatten(0, 1) for x in out])[mask.places].view(*q.shape[:2], -1)
-    if not on_gpu(q) or torch.are_deterministic_algorithms_enabled():
+    grouped = {"enable_gqa": q.shape[2] != k.shape[2]}
+    if isinstance(mask, BlockMask):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = flex_attention(q, k, v, block_mask=mask, scale=scale, **grouped)
+        return out.transpose(1, 2).flatten(2)
+    same_bits = torch.are_deterministic_algorithms_enabled() and not q.is_meta
+    if same_bits and mask is None and has_same_bits(q, k, v):
+        return SameBitsAttention.apply(q, k, v, scale or q.shape[-1] ** -0.5).flatten(2)
+    if same_bits or not on_gpu(q):
         return model.attend(q, k, v, mask, scale)
     # cuDNN takes narrower values as they are, and is faster, but its bits differ from run to run.
-    options = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=scale, **grouped
+    )
     return out.transpose(1, 2).flatten(2)

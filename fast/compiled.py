@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from fast.attention import Documents
 from fast.experts import trained_prefix, trained_stacks
 from fast.packed import GROUPED, PackedExperts, UnpackAgain
 from model import Block, MoE, RunBlock, Transformer
@@ -36,6 +37,7 @@ def compiled_blocks(model: Transformer, tokens: int | None = None) -> RunBlock:
     compiled = compiled_block(tuned=few)
 
     def run_block(block: Block, *args):
+        args = [each.blocks if isinstance(each, Documents) else each for each in args]
         if block.mlp in whole:  # made here, outside of the graph, while the GPU works
             whole[block.mlp].trained = trained_stacks(whole[block.mlp], length)
         experts = whole.get(block.mlp)
