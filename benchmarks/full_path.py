@@ -1,21 +1,25 @@
-"""The whole job of a small card at full size: a checkpoint of DeepSeek-V2-Lite's shape on disk, scores,
-selection, training, adapter, evaluation, under a hard limit of GPU memory.
+"""The whole job at full size: a checkpoint of DeepSeek-V2-Lite's shape on disk, scores, selection,
+training, adapter, evaluation, under a hard limit of GPU memory.
 
     python benchmarks/full_path.py --directory DIR --tokenizer DIR --data FILE --prompts FILE
+    python benchmarks/full_path.py --paper ...        # configs/esft_v2_lite.toml as it stands
     python benchmarks/full_path.py --tiny             # the same code on a CPU, in seconds
 
-Random bfloat16 weights are written to --directory first (31.4 GB). The run is train.py's with the
-paper's keys, experts in nf4 and the optimizer in host memory, in 32 micro-batches of one row of
-4096 tokens, for 10 steps, evaluated on 64 prompts before and after. --limit GiB is what
-torch.cuda.set_per_process_memory_fraction allows. Prints time and peak of GPU memory of each stage,
-the peak of host memory, and one JSON line."""
+Random bfloat16 weights are written to --directory first (31.4 GB). The run is train.py's. Without
+--paper it is that of a small card: experts in nf4, the optimizer in host memory, 32 micro-batches
+of one row of 4096 tokens, and 64 prompts. With it, keys are those of configs/esft_v2_lite.toml but
+for the number of steps, with all prompts, and checkpoints in the middle and at the end. --limit GiB
+is what torch.cuda.set_per_process_memory_fraction allows. Prints time and peak of GPU memory of
+each stage, the peak of host memory, what 500 steps take, and one JSON line."""
 
 import argparse
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import torch
@@ -59,6 +63,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--data", default=str(ROOT / "demo/data/intent_train.jsonl"))
     parser.add_argument("--prompts", default=str(ROOT / "demo/data/intent_test.jsonl"))
     parser.add_argument("--limit", type=float, default=20.0, help="GiB (default: 20)")
+    parser.add_argument("--paper", action="store_true", help="the paper's config as it stands")
+    parser.add_argument("--deterministic", default="true", choices=("true", "false"))
     parser.add_argument("--quantize", default="nf4", help="fp8 or nf4 (default)")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
@@ -85,29 +91,24 @@ def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made:
         shutil.copy(Path(args.tokenizer) / name, base)
     prompts = folder / "prompts.jsonl"
     lines = Path(args.prompts).read_text().splitlines(keepends=True)
-    prompts.write_text("".join(lines[: 2 if args.tiny else 64]))
+    most = 2 if args.tiny else None if args.paper else 64
+    prompts.write_text("".join(lines[:most]))
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(args.limit * 2**30 / total)
-    config = TrainConfig(
-        model=str(base),
-        data=args.data,
-        output_dir=str(output),
-        chat_format="deepseek_v2",
-        eval_sets=[f"intent:{prompts}"],
-        seq_length=64 if args.tiny else 4096,
-        batch_size=2 if args.tiny else 32,
-        gradient_accumulation_steps=2 if args.tiny else 32,
-        n_sample_tokens=500 if args.tiny else 2**17,
-        max_new_tokens=4 if args.tiny else 256,
-        steps=args.steps,
-        log_steps=1,
-        device=device,
-        dtype="float32" if args.tiny else "bfloat16",
-        compile=not args.tiny,
-        quantize=args.quantize,
-        optimizer_device="cpu",
-    )
+    keys = tomllib.loads((ROOT / "configs/esft_v2_lite.toml").read_text())
+    keys |= {"model": str(base), "data": args.data, "output_dir": str(output)}
+    keys |= {"eval_sets": [f"intent:{prompts}"], "steps": args.steps, "device": device}
+    keys |= {"save_steps": -(-args.steps // 2), "deterministic": args.deterministic == "true"}
+    if not args.paper:
+        keys |= {"quantize": args.quantize, "optimizer_device": "cpu"}
+        keys |= {"gradient_accumulation_steps": 32, "gradient_checkpointing": True}
+    if args.tiny:
+        keys |= {"seq_length": 64, "batch_size": 2, "gradient_accumulation_steps": 2}
+        keys |= {"n_sample_tokens": 500, "max_new_tokens": 4}
+    # The paper's run compiles, as it is long; this one has fewer steps.
+    keys |= {"dtype": "float32"} if args.tiny else {"dtype": "bfloat16", "compile": True}
+    config = TrainConfig(**keys)
     config.check()
     stages: list[dict] = []
     for name in STAGES:
@@ -123,7 +124,14 @@ def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made:
     print(f"in all {seconds:.1f} s; peak of host memory {host:.1f} GiB; files:")
     for path in sorted(output.rglob("*.safetensors")):
         print(f"  {path.relative_to(output)} {path.stat().st_size:,} bytes")
-    made |= {"limit_gib": args.limit, "quantize": args.quantize, "stages": stages}
+    # Without the first step, which compiles; validations and checkpoints are apart.
+    step = statistics.median(
+        config.batch_size * config.seq_length / r["tokens_per_second"] for r in records[1:]
+    )
+    made |= {"limit_gib": args.limit, "paper": args.paper, "deterministic": args.deterministic}
+    made |= {"seconds_a_step": round(step, 3), "quantize": config.quantize, "stages": stages}
+    layers = output / "checkpointed_layers.json"
+    made |= {"checkpointed_layers": json.loads(layers.read_text()) if layers.exists() else None}
     made |= {"seconds": round(seconds, 1), "host_peak_gib": round(host, 1)}
     made |= {"steps": [{k: r[k] for k in ("loss", "tokens_per_second")} for r in records]}
     made |= {name: results[name] for name in ("trained_parameters", "adapter_bytes")}
