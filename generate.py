@@ -1,5 +1,5 @@
-"""Greedy decoding in batches, and the likelihoods of given tokens. Both raise FloatingPointError,
-which names row and layer, at logits that are not finite.
+"""Greedy decoding, and the likelihoods of given tokens. Both raise FloatingPointError, which names
+row and layer, at logits that are not finite.
 
 This file knows token ids only: what a prompt says and what an answer is worth is in tasks/. What
 makes a step faster on a GPU is in fast/decoding.py.
@@ -9,7 +9,6 @@ Dimensions: B rows, D hidden size, N wanted tokens of a row, V tokens of the voc
 
 import time
 from collections.abc import Collection, Iterator
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -17,12 +16,12 @@ from tqdm import tqdm
 
 from data import by_length, pad
 from fast import compiled_blocks
-from fast.decoding import captured, compiling_pays
+from fast.decoding import captured, compiling_pays, rows_at_once
 from model import Block, Cache, Transformer
 
 PREFILL_TOKENS = 2**14  # tokens in one pass, padding included
 LOGITS_AT_ONCE = 2**11  # tokens whose logits exist at a time, where likelihoods are wanted
-STEPS_BETWEEN_LOOKS = 16  # on a GPU: to look whether all rows have ended is to wait for it
+STEPS_BETWEEN_LOOKS = 16  # on a GPU: to look which rows have ended is to wait for it
 
 Rows = list[list[int]]  # token ids
 
@@ -32,7 +31,7 @@ def generate(
     prompts: Rows,
     max_new_tokens: int,
     eos_ids: Collection[int],
-    batch_size: int = 64,
+    batch_size: int = 0,
 ) -> Rows:
     """Returns the greedy continuation of each prompt, up to the first of `eos_ids`. Prompts may
     have any lengths, and a row does not depend on the others in its batch. Raises ValueError for
@@ -47,41 +46,48 @@ def generate_each(
     prompts: Rows,
     max_new_tokens: int,
     eos_ids: Collection[int],
-    batch_size: int,
+    batch_size: int = 0,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (number of the prompt, its continuation) as batches end, the shortest prompts first.
-    Prompts of similar length share a batch."""
+    """Yields (number of the prompt, its continuation) as rows end. `batch_size` rows are decoded at
+    a time, with 0 as many as memory allows; where one ends, the next prompt begins. The longest
+    begin first, so that prompts of similar length share a pass."""
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([])} is empty; at least one token is required")
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    on_gpu = model.lm_head.weight.is_cuda
-    compiled = on_gpu and compiling_pays(model, batch_size, len(batches) * max_new_tokens)
+    if not prompts:
+        return
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is last
+    longest = len(prompts[waiting[-1]])
+    length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
+    rows = batch_size or rows_at_once(model, longest, length, PREFILL_TOKENS)
+    rows = min(rows, len(prompts))
+    compiled = compiling_pays(model, rows, -(-len(prompts) // rows) * max_new_tokens)
     if compiled:
         print("decoding: the step is compiled first, for 10 to 60 seconds", flush=True)
-    decoder, new, begin = None, 0, time.perf_counter()
+    decoder = Decoder(model, rows, length, max_new_tokens, eos_ids, compiled)
+    numbers, new, begin = {}, 0, time.perf_counter()  # place in the decoder -> number of its prompt
     with tqdm(total=len(prompts), desc="decode", unit="prompt", leave=False, disable=None) as bar:
-        for batch in batches:
-            if decoder is None or not on_gpu:  # a GPU keeps one decoder, whose step is captured
-                longest = len(prompts[order[-1] if on_gpu else batch[-1]])
-                length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
-                decoder = Decoder(model, len(batch), length, max_new_tokens, eos_ids, compiled)
-            rows = decoder([prompts[i] for i in batch])
-            new += sum(map(len, rows))
-            bar.update(len(batch))
+        while waiting or numbers:
+            free = [place for place in range(rows) if place not in numbers]
+            beginning = {place: waiting.pop() for place in free[: len(waiting)]}
+            decoder.prefill({place: prompts[i] for place, i in beginning.items()})
+            numbers |= beginning
+            ended = decoder.run()
+            new += sum(map(len, ended.values()))
+            bar.update(len(ended))
             seconds = time.perf_counter() - begin
             speed = f"{new:,} tokens in {seconds:,.1f} s, {new / seconds:,.0f} tokens/s"
             bar.set_postfix_str(speed)
-            yield from zip(batch, rows)
-    if prompts:
-        print(f"decoded {len(prompts)} prompts: {speed}", flush=True)
+            yield from [(numbers.pop(place), row) for place, row in ended.items()]
+    print(f"decoded {len(prompts)} prompts: {speed}", flush=True)
+    del decoder
+    torch.cuda.empty_cache()  # leaves the memory in one piece for what comes next
 
 
 class Decoder:
-    """Decodes batches of up to `rows` prompts greedily, with one cache of `length` tokens a row.
+    """Decodes up to `rows` prompts at a time greedily, with one cache of `length` tokens a row.
 
-    All buffers keep their place, so that a GPU can replay a captured step; a batch with fewer
-    prompts has idle rows. Call it, and its methods, in torch.inference_mode."""
+    A row is a place: when its prompt has ended, another can be put there. All buffers keep their
+    memory, so that a GPU can replay a captured step. Call the methods in torch.inference_mode."""
 
     def __init__(
         self,
@@ -92,68 +98,72 @@ class Decoder:
         eos_ids: Collection[int],
         compiled: bool = False,
     ):
-        self.model, self.eos_ids = model, list(eos_ids)
+        self.model, self.weight = model, model.lm_head.weight
         self.run_block = compiled_blocks(model, rows) if compiled else Block.__call__
-        self.weight = model.lm_head.weight
-        device = self.weight.device
+        device, on_gpu = self.weight.device, self.weight.is_cuda
+        self.prompts: dict[int, list[int]] = {}  # place -> the prompt that is decoded there
         self.cache = Cache.empty(model.config, rows, length, self.weight)
         self.new = torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=device)
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # of new tokens
+        self.count = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # of new tokens
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the last one
-        self.done = torch.ones(rows, dtype=torch.bool, device=device)
-        self.ends = torch.tensor(self.eos_ids, device=device)
-        self.finite = torch.ones(rows, dtype=torch.bool, device=device)  # all logits so far
-        on_gpu = self.weight.is_cuda
-        self.step = captured(self.decode_one, model, rows) if on_gpu else self.decode_one
+        self.done = torch.ones(rows, 1, dtype=torch.bool, device=device)
+        self.finite = torch.ones(rows, 1, dtype=torch.bool, device=device)  # all logits so far
+        self.ends = torch.tensor([*eos_ids], dtype=torch.int64, device=device)
+        self.replay = captured(self.decode_one, model, rows) if on_gpu else None
         self.steps_between_looks = STEPS_BETWEEN_LOOKS if on_gpu else 1
 
-    def __call__(self, prompts: Rows) -> Rows:
-        """Returns the new tokens of each prompt, up to the end of sequence."""
-        self.prefill(prompts)
-        for step in range(1, self.new.shape[1]):
-            if step % self.steps_between_looks == 0 and self.done.all():
-                break
+    def prefill(self, prompts: dict[int, list[int]]) -> None:
+        """Puts prompts into free places, up to PREFILL_TOKENS in a pass."""
+        self.prompts |= prompts
+        places = list(prompts)
+        for batch in by_length([len(row) for row in prompts.values()], PREFILL_TOKENS):
+            self.run_prompts([places[i] for i in batch])
+
+    def run_prompts(self, places: list[int]) -> None:
+        """Fills the cache at these places, in one pass. The next step runs the last token of each
+        prompt again, and chooses its first new one."""
+        rows, device = [self.prompts[place] for place in places], self.weight.device
+        tokens = pad(rows, rows[0][0]).to(device)
+        own = Cache.empty(self.model.config, *tokens.shape, self.weight)
+        self.model.hidden_states(tokens, own)
+        for place, row, states in zip(places, rows, own.layers.unbind(1)):  # (L, T, cache_width)
+            self.cache.layers[:, place, : len(row)] = states[:, : len(row)]
+        at = torch.tensor(places, device=device)
+        self.cache.seen[at] = torch.tensor([len(row) - 1 for row in rows], device=device)
+        self.token[at] = torch.tensor([row[-1:] for row in rows], device=device)
+        self.count[at], self.done[at], self.finite[at] = 0, False, True
+
+    def run(self) -> dict[int, list[int]]:
+        """Takes the next steps, and waits for them. Returns the new tokens, up to the end of
+        sequence, of the prompts that have ended, by place; these places are free then."""
+        for _ in range(self.steps_between_looks):
             self.step()
-        rows = self.new[: len(prompts), : int(self.count)].tolist()
-        rows = [list(takewhile(lambda token: token not in self.eos_ids, row)) for row in rows]
-        finite = self.finite.tolist()
+        ended = [place for place in self.done.nonzero()[:, 0].tolist() if place in self.prompts]
+        prompts = [self.prompts.pop(place) for place in ended]
+        counts = self.count[ended, 0].tolist()
+        rows = [row[:count] for row, count in zip(self.new[ended].tolist(), counts)]
+        finite = self.finite[ended, 0].tolist()
         if bad := [p + row for p, row, good in zip(prompts, rows, finite) if not good]:
             raise FloatingPointError(not_finite(self.model, bad))
-        return rows
+        return dict(zip(ended, rows))
 
-    def prefill(self, prompts: Rows) -> None:
-        """Runs the prompts, up to PREFILL_TOKENS in a pass, and chooses each one's next token."""
-        self.count.zero_()
-        self.cache.seen.zero_()
-        self.done.fill_(True)
-        self.done[: len(prompts)] = False
-        hidden = self.weight.new_zeros(len(self.done), self.weight.shape[1])  # (B, D)
-        rows = max(PREFILL_TOKENS // max(map(len, prompts)), 1)
-        for start in range(0, len(prompts), rows):
-            part = slice(start, min(start + rows, len(prompts)))
-            tokens = pad(prompts[part], self.eos_ids[0]).to(self.weight.device)  # padded at the end
-            lengths = torch.tensor([len(p) for p in prompts[part]], device=self.weight.device)
-            cache = Cache(self.cache.layers[:, part], torch.zeros_like(lengths))
-            states, _ = self.model.hidden_states(tokens, cache)
-            hidden[part] = states[torch.arange(len(lengths)), lengths - 1]
-            self.cache.seen[part] = lengths  # new tokens overwrite the padding
-        self.append(hidden)
+    def step(self) -> None:
+        self.replay() if self.replay else self.decode_one()
 
     def decode_one(self) -> None:
         """Runs the last token of each row, and chooses the next."""
         hidden, _ = self.model.hidden_states(self.token, self.cache, run_block=self.run_block)
-        self.append(hidden[:, 0])
-
-    def append(self, hidden: Tensor) -> None:
-        """Chooses the next token of each row from its final state (B, D)."""
-        logits = self.model.lm_head(hidden)  # (B, V)
-        token = logits.argmax(-1)  # that of a NaN, if there is one
-        self.finite &= logits.gather(1, token[:, None])[:, 0].isfinite() | self.done
-        token = token.masked_fill(self.done, self.eos_ids[0])
-        self.done |= (token[:, None] == self.ends).any(1)
-        self.new.index_copy_(1, self.count, token[:, None])
-        self.count += 1
-        self.token.copy_(token[:, None])
+        logits = self.model.lm_head(hidden[:, 0])  # (B, V)
+        token = logits.argmax(-1, keepdim=True)  # that of a NaN, if there is one
+        self.finite &= logits.gather(1, token).isfinite()
+        here = torch.arange(self.new.shape[1], device=token.device) == self.count
+        self.new.copy_(torch.where(here, token, self.new))
+        self.done |= (token == self.ends).any(1, keepdim=True)
+        self.count += ~self.done  # an end of sequence is no part of an answer
+        self.done |= self.count >= self.new.shape[1]
+        # A row that has ended repeats this step: it needs no more cache, and runs none of `ends`.
+        self.token.copy_(torch.where(self.done, self.token, token))
+        self.cache.seen -= self.done[:, 0].long()
 
 
 @torch.inference_mode()

@@ -18,20 +18,23 @@ from generate import likelihoods
 from model import Transformer
 from tasks.common import Ask, Predictions, Result, Task, by_row, stated, text_list, typed_field
 
+BLOCK = 64  # questions that are answered, and written, together
+
 
 @dataclass(frozen=True)
 class Choice(Task):
     by_letter: bool = False  # the main metric, as in these tasks' published scores
     by_subject: bool = False  # whether each subject weighs the same, as in C-Eval's scores
 
-    def predict(self, model, ask, examples, max_new_tokens, batch_size=64) -> Predictions:
+    def predict(self, model, ask, examples, max_new_tokens, batch_size=0) -> Predictions:
         """Adds loglikelihoods, one a choice, and raw_prediction, the likeliest choice."""
         longest = [join_choice(e["prompt"], max(e["choices"], key=len)) for e in examples]
         rows = ask.tokenizer.encode_prompts(longest)
         ask.say_too_long([ids[:-1] for ids in rows], ", with their longest choice")
-        starts = range(0, len(examples), batch_size)
+        size = batch_size or BLOCK
+        starts = range(0, len(examples), size)
         for start in tqdm(starts, "score", unit="batch", leave=False, disable=None):
-            block = examples[start : start + batch_size]
+            block = examples[start : start + size]
             for i, sums in enumerate(choice_likelihoods(model, ask.tokenizer, block)):
                 best = block[i]["choices"][sums.index(max(sums))]
                 yield start + i, block[i] | {"loglikelihoods": sums, "raw_prediction": best}

@@ -108,7 +108,7 @@ class Task:
     has_completions: ClassVar[bool] = True
 
     def predict(
-        self, model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size=64
+        self, model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size=0
     ) -> Predictions:
         """Adds raw_prediction to each example."""
         tokenizer = ask.tokenizer

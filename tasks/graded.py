@@ -40,7 +40,7 @@ class Judged(Task):
 
     is_judged = True
 
-    def predict(self, model, ask, examples, max_new_tokens, batch_size=64) -> Predictions:
+    def predict(self, model, ask, examples, max_new_tokens, batch_size=0) -> Predictions:
         """Adds raw_prediction, and the numbers of REFERENCE for the first accepted answer."""
         tokenizer = ask.tokenizer
         prompts = tokenizer.encode_prompts([e["prompt"] for e in examples])

@@ -41,7 +41,7 @@ def answer_losses(model: Transformer, rows: Rows, learned: Iterable) -> Iterator
 class Loss(Task):
     has_completions = False
 
-    def predict(self, model, ask, examples, max_new_tokens, batch_size=64) -> Predictions:
+    def predict(self, model, ask, examples, max_new_tokens, batch_size=0) -> Predictions:
         """Adds loss (mean over the answer's tokens), accuracy and tokens to each example."""
         rows, learned = [e["ids"] for e in examples], [e["learned"] for e in examples]
         found = answer_losses(model, rows, learned)

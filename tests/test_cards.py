@@ -39,8 +39,8 @@ KINDS = ("", "fp8", "nf4")
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch):
     """Of models as small as these, passes of the usual size would need more than a step."""
-    for name, value in {"BATCH_TOKENS": 1, "PREFILL_TOKENS": 1, "PROMPTS": (1, 1)}.items():
-        monkeypatch.setattr(f"training.rehearsal.{name}", value)
+    for name in ("BATCH_TOKENS", "PROMPT"):
+        monkeypatch.setattr(f"training.rehearsal.{name}", 1)
 
 
 def small_run(tmp_path, **changes) -> TrainConfig:
@@ -135,21 +135,19 @@ def test_planned_bytes_of_packed_experts_are_those_of_a_real_step(
 def test_planned_bytes_of_a_pass_without_gradients_are_those_of_a_real_one(
     checkpoint, monkeypatch, evaluates
 ):
-    """Scoring; decoding, whose first pass is the largest; and what a run then needs."""
-    for name in ("rehearsal.BATCH_TOKENS", "rehearsal.PREFILL_TOKENS"):
-        monkeypatch.setattr(f"training.{name}", 512)
-    monkeypatch.setattr("training.rehearsal.PROMPTS", (8, 128))
-    monkeypatch.setattr("generate.PREFILL_TOKENS", 512)
+    """Scoring; decoding of one prompt at a time, which is longer here; and what a run then needs."""
+    monkeypatch.setattr("training.rehearsal.BATCH_TOKENS", 512)
+    monkeypatch.setattr("training.rehearsal.PROMPT", 768)
     sets = ["exact:nowhere.jsonl"] if evaluates else []
     config = TrainConfig(seq_length=256, dtype="bfloat16", device="cpu", eval_sets=sets)
     config.learning_rate = 1e-5
     real = load_model(checkpoint)
     meta = build_model(real.config, "meta")
     planned = inference_bytes(config, meta)
-    tokens = torch.randint(0, 258, (8, 127))
-    with torch.no_grad(), Allocations([*memory(real), tokens]) as allocations:
+    tokens = torch.randint(0, 258, (3, 767)).tolist()
+    with torch.no_grad(), Allocations(memory(real)) as allocations:
         if evaluates:
-            generate(real, tokens.tolist(), 1, [0], batch_size=8)
+            generate(real, tokens, 1, [0], batch_size=1)
         else:
             real.hidden_states(torch.randint(0, 258, (2, 256)))
     assert planned == pytest.approx(allocations.peak, rel=0.05)

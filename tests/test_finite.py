@@ -15,7 +15,7 @@ import select_experts
 import train
 from checkpoint import load_model
 from files import write_json, write_lines
-from generate import generate, likelihoods
+from generate import Decoder, generate, likelihoods
 from tasks import TASKS
 
 BASE = ROOT / "demo/base"
@@ -52,14 +52,25 @@ def test_decoding_and_likelihoods_name_the_layer(name, value, message, broken):
         list(likelihoods(model, good, [[(1, 6)], [(1, 9)]]))
 
 
-def test_a_row_that_has_ended_and_idle_rows_do_not_count(broken):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_row_that_has_ended_and_idle_rows_do_not_count(steps, broken, monkeypatch):
     """A NaN of one token's embedding spoils the rows with that token, and no other."""
+    decode = Decoder.run
+
+    def run(decoder):
+        decoder.steps_between_looks = steps
+        return decode(decoder)
+
+    monkeypatch.setattr(Decoder, "run", run)
     path = broken("model.embed_tokens.weight", 0.0)
     model = load_model(path, dtype=torch.float32)
     ends = generate(model, [[5, 6]], 1, [0])[0]  # the first new token ends the row
     model.model.embed_tokens.weight[ends[0]] = torch.nan  # what would come after it is spoiled
     assert generate(model, [[5, 6]], 8, ends) == [[]]
     assert generate(model, [[5, 6], [9, 9]], 8, ends)[0] == []  # the other goes on
+    mixed = [[5, 6], [9], [5, 6], [9, 8, 4]]  # in places that others leave, and with padding
+    for batch_size in (1, 2, 4):
+        assert generate(model, mixed, 8, ends, batch_size)[::2] == [[], []]
     model.model.embed_tokens.weight[7] = torch.nan
     with pytest.raises(FloatingPointError, match=r"the embedding gives .* begins with \[7, 8"):
         generate(model, [[5, 6], [7, 8]], 8, ends)

@@ -224,7 +224,7 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
         gib("gradients, float32", "gradients"),
     ]
     if all(each.world_size == 1 for each in columns):
-        what = "scoring and evaluation" if config.eval_sets else "scoring"
+        what = "scoring, evaluation at least" if config.eval_sets else "scoring"
         lines.append(gib(f"peak of {what}", ("peak", "inference")))
     for checkpointing, said in ((True, "with"), (False, "without")):
         used = " *" if checkpointing == config.gradient_checkpointing else ""

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from data import Rows
 from fast.device import meta_as_gpu
 from fast.packed import memory
-from generate import PREFILL_TOKENS
-from model import Cache, Transformer
+from generate import Decoder
+from model import Transformer
 from processes import SingleProcess
 from select_experts import BATCH_TOKENS
 from training.config import TrainConfig
@@ -97,23 +97,22 @@ def step_bytes(
     return allocations.peak
 
 
-PROMPTS = 64, 1024  # decoded together, and the tokens of each with its answer, as a plan assumes
+PROMPT = 1024  # tokens of a prompt with its answer, as a plan assumes
 
 
 @torch.no_grad()
 def inference_bytes(config: TrainConfig, model: Transformer) -> int:
-    """Returns the most bytes that scoring allocates beside weights and, if `config` evaluates,
-    decoding PROMPTS. These are one pass of so many tokens as there are at a time, and a cache."""
+    """Returns the bytes that scoring allocates beside weights: one pass of so many tokens as there
+    are at a time. Evaluation, if `config` evaluates, takes the memory that is there: counted is the
+    least, decoding one prompt at a time."""
     rows = max(BATCH_TOKENS // config.seq_length, 1)
     tokens = torch.zeros(rows, min(config.seq_length, BATCH_TOKENS), dtype=torch.int64)
     with as_on_device(config), Allocations(memory(model)) as allocations:
         model.hidden_states(tokens.to("meta"))
         if config.eval_sets:
-            count, length = PROMPTS
-            cache = Cache.empty(model.config, count, length, model.lm_head.weight)
-            part = PREFILL_TOKENS // length
-            own = Cache(cache.layers[:, :part], cache.seen[:part])
-            model.hidden_states(torch.zeros(part, length, dtype=torch.int64, device="meta"), own)
+            decoder = Decoder(model, 1, PROMPT, 1, [])
+            decoder.prefill({0: [0] * PROMPT})
+            decoder.decode_one()
     return allocations.peak
 
 
