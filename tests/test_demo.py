@@ -68,6 +68,7 @@ BENCHMARKS = [
     "growth.py",
     "agreement.py",
     "decode.py",
+    "evaluation.py",
     "load.py",
     "demo_step.py",
     "quantized.py",
