@@ -48,9 +48,9 @@ def generate_each(
     eos_ids: Collection[int],
     batch_size: int = 0,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (number of the prompt, its continuation) as rows end. `batch_size` rows are decoded at
-    a time, with 0 as many as memory allows; where one ends, the next prompt begins. The longest
-    begin first, so that prompts of similar length share a pass."""
+    """Yields (number of the prompt, its continuation) as rows end. Up to `batch_size` rows are
+    decoded at a time; 0: as many as memory allows. Where one ends, the next prompt begins. The
+    longest begin first, so that prompts of similar length share a pass."""
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([])} is empty; at least one token is required")
     if not prompts:
@@ -58,9 +58,10 @@ def generate_each(
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is last
     longest = len(prompts[waiting[-1]])
     length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
-    rows = batch_size or rows_at_once(model, longest, length, PREFILL_TOKENS)
-    rows = min(rows, len(prompts))
-    compiled = compiling_pays(model, rows, -(-len(prompts) // rows) * max_new_tokens)
+    most = batch_size or rows_at_once(model, longest, length, PREFILL_TOKENS)
+    rounds = -(-len(prompts) // most)
+    rows = -(-len(prompts) // rounds)  # of answers of one length, the last round is full, too
+    compiled = compiling_pays(model, rows, rounds * max_new_tokens)
     if compiled:
         print("decoding: the step is compiled first, for 10 to 60 seconds", flush=True)
     decoder = Decoder(model, rows, length, max_new_tokens, eos_ids, compiled)

@@ -12,7 +12,7 @@ from model import MoE, Transformer
 
 # Compiled, a step saves 3 to 5 ms, with 1 row as with 64. Compiling takes 5 to 50 s.
 COMPILED_STEPS = 4000
-MOST_ROWS = 512  # with more, a step takes longer in proportion
+MOST_ROWS = 512  # with more, a step takes longer almost in proportion
 PART_OF_MEMORY = 0.9  # of what is free; the rest is for gaps, and for kernels that are loaded
 
 

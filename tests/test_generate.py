@@ -124,7 +124,7 @@ def test_the_memory_of_a_decoder_is_free_after_its_last_prompt(checkpoint, monke
     assert emptied == [None]
 
 
-def test_rows_and_prompts_of_every_number(checkpoint, capsys):
+def test_rows_and_prompts_of_every_number(checkpoint, capsys, monkeypatch):
     """Fewer prompts than rows; none; one new token; ends that never come."""
     model = load_model(checkpoint, dtype=torch.float32)
     five = [[7, 8, 9], [7], [7, 8], [9, 9, 9, 9], [200]]
@@ -133,6 +133,9 @@ def test_rows_and_prompts_of_every_number(checkpoint, capsys):
     for batch_size in (0, 1, 2, 5, 100):
         assert generate(model, five, 4, [], batch_size) == expected
     assert generate(model, five, 1, []) == [row[:1] for row in expected]
+    made = []
+    monkeypatch.setattr(decoding, "Decoder", lambda *args: made.append(args[1]) or Decoder(*args))
+    assert generate(model, five, 4, [], 4) == expected and made == [3]  # then 2, not 4 and 1
     assert "decoded 5 prompts: 5 tokens in " in capsys.readouterr().out
     assert generate(model, [], 4, []) == [] and not capsys.readouterr().out
 
