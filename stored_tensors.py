@@ -1,6 +1,7 @@
-"""Tensors in safetensors files: where each lies, and how it is read straight to its place, FP8 in
-blocks included. Which tensors belong to a checkpoint is in checkpoint.py."""
+"""Tensors in safetensors files: where each lies, how it is read straight to its place, FP8 in
+blocks included, and how it is written. Which tensors belong to a checkpoint is in checkpoint.py."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 READ_BYTES = 2**23  # what one thread reads and converts at a time
+WRITE_BYTES = 2**18  # what is hashed and written at a time: it is still in the cache when written
 
 
 @dataclass
@@ -143,3 +145,28 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes a safetensors file and returns its sha256, without reading the file again. Tensors of
+    a GPU come to the host one at a time. Raises OSError."""
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    for name, tensor in tensors.items():
+        place = [end, end := end + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[name] = {"dtype": names[tensor.dtype], "shape": shape, "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            for start in range(0, len(data), WRITE_BYTES):
+                piece = data[start : start + WRITE_BYTES]
+                digest.update(piece)
+                file.write(piece)
+
+        write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            write(memoryview(tensor.cpu().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
