@@ -60,7 +60,7 @@ def train(config: TrainConfig, ranks: SingleProcess = SingleProcess()) -> dict:
     if results := output.results():
         print(f"{output.path} holds the finished run; --overwrite starts anew")
         return results
-    with output.locked(), saying_what_is_kept(output):
+    with output.locked(), saying_what_is_kept(output), output.finishing():
         return run(config, inputs, output, ranks)
 
 
@@ -220,6 +220,7 @@ def loop(job: Job, state: dict, started: float) -> float | None:
             print_step(config, record)
             if stopping:
                 break
+        output.finish_checkpoint()
     if received := signal_received():  # also one that came during the last save
         raise KeyboardInterrupt(f"{received} after step {state['step']}")
     if held_out is None:

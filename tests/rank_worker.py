@@ -9,8 +9,9 @@ FOLDER/1.json and so on, as long as the process PID lives.
 
 "cases" lists runs of train_ep: {"name", "ep_size", "config"}; beside it may stand, for some ranks,
 {"of_rank": {"1": {keys of the config, or ep_size, that differ there}}}, {"signal": {"1": step in
-which rank 1 gets a SIGTERM}}, {"file_limit": {"1": bytes that a file may have}}. Rank R leaves
-NAME.R.json, with the error that ended the run or null, and the gradients of the first step in
+which rank 1 gets a SIGTERM}}, {"file_limit": {"1": bytes that a file may have}}, {"slow_disk":
+{"1": seconds until rank 1 begins to write its part of a checkpoint}}. Rank R leaves NAME.R.json,
+with the error that ended the run or null, and the gradients of the first step in
 NAME.R.safetensors.
 
 "command" is the arguments of a command, as ["train_ep.py", "--config", ...]. Rank R leaves its
@@ -36,8 +37,10 @@ import torch
 from safetensors.torch import save_file
 
 from processes import SingleProcess
+from stored_tensors import write_tensors
 from train import train
 from train_ep import ExpertParallel
+from training import directory
 from training.config import TrainConfig
 from training.stopping import ENDINGS
 
@@ -76,6 +79,8 @@ def run_case(case: dict, ranks: RecordingRanks, folder: Path) -> None:
     config = TrainConfig(**{**case["config"], **other})
     error, ranks.recorded, ranks.steps = None, None, 0
     ranks.signal_in = case.get("signal", {}).get(str(ranks.rank))
+    wait = case.get("slow_disk", {}).get(str(ranks.rank), 0)
+    directory.write_tensors = lambda *file: time.sleep(wait) or write_tensors(*file)
     if limit := case.get("file_limit", {}).get(str(ranks.rank)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

@@ -9,16 +9,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from files import locked, parse_json, read_json, replacing, sync_directory, write_json, write_lines
 from processes import SingleProcess
-from stored_tensors import open_tensors
+from stored_tensors import open_tensors, write_tensors
 from training.config import TrainConfig
+from training.host_optimizer import available_bytes
 from training.inputs import Inputs, input_files
 from training.optimizer import MasterAdamW
 
@@ -30,6 +33,9 @@ class RunDirectory:
         """Raises ValueError on all ranks if the directory or a rank is of another run."""
         self.path, self.overwrite = Path(config.output_dir), config.overwrite
         self.identity, self.ranks = inputs.identity, ranks
+        self.copies: dict[str, Tensor] | None = None  # of what a checkpoint holds
+        # A checkpoint's place, where it is written, its state, and the thread's hashes of files.
+        self.under_way: tuple[Path, Path, dict, Future[dict[str, str]]] | None = None
         ranks.on_all(check_output, config, self.identity)
         whose = {"output_dir": config.output_dir, "overwrite": config.overwrite}
         ranks.check_same({**self.identity, **whose})
@@ -88,7 +94,8 @@ class RunDirectory:
         return found
 
     def add_record(self, record: dict, sync: bool) -> None:
-        """Appends a line to metrics.jsonl; `sync` flushes it to disk."""
+        """Appends a line to metrics.jsonl; `sync` flushes it to disk. Ends a checkpoint that has
+        been written meanwhile."""
 
         def append() -> None:
             with open(self.file("metrics.jsonl"), "a", encoding="utf-8") as file:
@@ -98,24 +105,55 @@ class RunDirectory:
                     os.fsync(file.fileno())
 
         self.ranks.on_first(append)
+        self.finish_checkpoint(wait=False)
 
     def save_checkpoint(self, optimizer: MasterAdamW, state: dict) -> None:
-        """Writes checkpoints/step-N, unless it is there (or N is 0), whole or not at all, with the
-        hash of each file; keeps the newest two. Each rank writes a file with what it `saves`."""
+        """Begins to write checkpoints/step-N, unless it is there (or N is 0): each rank copies what
+        it `saves`, and a thread writes that to a file while training goes on. First ends the
+        checkpoint before, and raises as `finish_checkpoint` does."""
+        self.finish_checkpoint()
         ranks, directory = self.ranks, self.file(f"checkpoints/step-{state['step']:06d}")
         if not state["step"] or ranks.on_first(directory.exists):
             return
         part = directory.with_name(f".{directory.name}.part")
         ranks.on_first(shutil.rmtree, part, ignore_errors=True)
+        tensors = self.copied(optimizer.state(ranks.saves))
 
-        def write_tensors() -> dict[str, str]:
-            if not (tensors := optimizer.state(ranks.saves)):
+        def write() -> dict[str, str]:
+            if not tensors:
                 return {}
             rank = f"-{ranks.rank}" if ranks.rank else ""
             path = part / f"optimizer{rank}.safetensors"
             with replacing(path) as file:
-                save_file(tensors, file)
-            return {path.name: file_hash(path)}
+                return {path.name: write_tensors(file, tensors)}
+
+        self.under_way = directory, part, dict(state), in_thread(write)
+        if not self.copying:
+            self.finish_checkpoint()
+
+    def copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns copies in host memory, which the next call uses again. If they do not fit there,
+        returns the tensors themselves."""
+        if self.copies is None:
+            self.copying = all(self.ranks.from_all(copies_fit(tensors)))
+            if not self.copying:
+                print("host memory has no room for a copy: training waits for each checkpoint")
+            kept = tensors if self.copying else {}
+            self.copies = {name: torch.empty_like(t, device="cpu") for name, t in kept.items()}
+        return tensors | {name: copy.copy_(tensors[name]) for name, copy in self.copies.items()}
+
+    def finish_checkpoint(self, wait: bool = True) -> None:
+        """Puts the checkpoint that is being written in its place, whole or not at all, with the
+        hash of each file; keeps the newest two. Without `wait`, only if all ranks have written it.
+        Raises, on all ranks, why a rank could not write."""
+        if self.under_way is None:
+            return
+        ranks, (directory, part, state, written) = self.ranks, self.under_way
+        if not wait:  # True, False for a rank that failed, None for one that writes
+            ended = ranks.from_all(written.exception() is None if written.done() else None)
+            if None in ended and False not in ended:
+                return
+        self.under_way = None
 
         def finish() -> None:
             write_json(part / "state.json", state)
@@ -127,12 +165,25 @@ class RunDirectory:
                 shutil.rmtree(old)
 
         try:
-            written = ranks.from_all(ranks.on_all(write_tensors))
-            hashes = {name: value for files in written for name, value in files.items()}
+            of_ranks = ranks.from_all(ranks.on_all(written.result))
+            hashes = {name: value for files in of_ranks for name, value in files.items()}
             ranks.on_first(finish)
         finally:
             if ranks.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
+
+    @contextmanager
+    def finishing(self):
+        """Ends the checkpoint that is being written if an error ends this block. Ranks have to meet
+        for that, so they do it for errors that come on all of them. A second signal does not wait
+        for a disk."""
+        try:
+            yield
+        except Exception as error:
+            if self.ranks.world_size == 1 or isinstance(error, (OSError, FloatingPointError)):
+                with suppress(OSError):
+                    self.finish_checkpoint()
+            raise
 
     def resume(self, optimizer: MasterAdamW, trained: Iterable[str]) -> dict:
         """Puts the newest whole checkpoint in place and returns its state. Cuts metrics.jsonl back
@@ -212,6 +263,27 @@ def checkpoints(output: Path) -> list[Path]:
     saved = (output / "checkpoints").glob("step-*")
     saved = [path for path in saved if path.name.removeprefix("step-").isdecimal()]
     return sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def copies_fit(tensors: dict[str, Tensor]) -> bool:
+    """Returns whether host memory has room for copies, and a third more: `save_adapter` copies the
+    weights, too. All ranks must be asked before one of them allocates."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return ranks * sum(t.nbytes for t in tensors.values()) * 4 / 3 < available_bytes()
+
+
+def in_thread(function: Callable[[], object]) -> Future:
+    """Calls the function in a thread, which ends with the process, and returns its outcome."""
+    outcome = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return outcome
 
 
 def file_hash(path: Path) -> str:

@@ -95,14 +95,15 @@ class MasterAdamW:
             torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
 
     def state(self, saves: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Returns masters and moments by name, on the CPU, of the parameters that `saves` names."""
+        """Returns masters and moments by name, of the parameters that `saves` names. The next step
+        changes them."""
         tensors = {}
         for name, master in self.masters.items():
             if saves(name):
                 moments = self.adamw.state[master]
-                tensors[f"master.{name}"] = master.cpu()
-                tensors[f"exp_avg.{name}"] = moments["exp_avg"].cpu()
-                tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].cpu()
+                tensors[f"master.{name}"] = master
+                tensors[f"exp_avg.{name}"] = moments["exp_avg"]
+                tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
         return tensors
 
     @torch.no_grad()
