@@ -73,6 +73,7 @@ BENCHMARKS = [
     "demo_step.py",
     "quantized.py",
     "full_path.py",
+    "saving.py",
     "small_cards.py --rows 1 --steps 1 --cases 3",
     "compare_methods.py tune --methods esft lora",
 ]

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from rank_pool import run_on_ranks
 from safetensors.torch import load_file
-from test_exactness import Killed, result, stop_after, wait_for_threads
+from test_exactness import result, stop_after, wait_for_threads
 from test_train import metrics, settings
-from test_train_ep import bases, chats, errors, keys  # noqa: F401
 
 import stored_tensors
 import train as trainer
+from files import read_json
 from processes import SingleProcess
 from stored_tensors import write_tensors
 from train import train
@@ -43,6 +42,7 @@ def steps_kept(output: Path) -> list[int]:
     """The steps of a run's checkpoints, all of which must be whole."""
     for path in checkpoints(output):
         check_checkpoint(path, SingleProcess())
+        assert f"step-{read_json(path / 'state.json')['step']:06d}" == path.name
     return [int(path.name[-6:]) for path in checkpoints(output)]
 
 
@@ -272,33 +272,3 @@ def test_a_second_signal_does_not_wait_for_the_disk(
     with pytest.raises(KeyboardInterrupt, match=kept):
         run("run")
     assert not slow_disk.is_set()
-
-
-# ------------------------------------------------------------------------------------------
-# Ranks
-
-
-def test_ranks_write_at_their_own_speed(bases, chats, tmp_path):  # noqa: F811
-    """One rank's disk is slow, and then full, while the other one's is slow."""
-
-    def case(name: str, output: str, **more) -> dict:
-        config = keys(bases["deepseek_v2"], chats, tmp_path / output, save_steps=2)
-        return {"name": name, "ep_size": 2, "config": config, **more}
-
-    cases = [
-        case("whole", "whole"),
-        case("slow", "slow", slow_disk={"1": 0.5}),
-        case("first", "first", slow_disk={"0": 0.5}),
-        case("full", "full", slow_disk={"0": 0.5}, file_limit={"1": 3000}),
-        case("after", "full"),
-    ]
-    run_on_ranks(2, tmp_path, cases=cases)
-    (said,) = set(errors(tmp_path, "full", 2))
-    assert said.startswith("OSError: rank 1: ") and "optimizer-1.safetensors" in said
-    assert said.endswith("no step was saved yet; the same command goes on")
-    assert len(contents(tmp_path / "whole")) == 4  # two files each of steps 4 and 5
-    for name, output in (("slow", "slow"), ("first", "first"), ("after", "full")):
-        assert errors(tmp_path, name, 2) == [None, None]
-        assert steps_kept(tmp_path / output) == [4, 5]
-        assert contents(tmp_path / output) == contents(tmp_path / "whole")
-        assert metrics(tmp_path / output) == metrics(tmp_path / "whole")

@@ -18,6 +18,7 @@ from conftest import ROOT, one_by_one, save_tokenizer, save_with_transformers, w
 from rank_pool import TORCHRUN, run_command_on_ranks, run_on_ranks
 from rank_worker import RecordingAlone
 from safetensors.torch import load_file
+from test_saving import contents, steps_kept
 from test_train import metrics
 
 import model
@@ -351,6 +352,33 @@ def test_a_run_goes_on_with_another_number_of_ranks(bases, chats, tmp_path):
         files = [tmp_path / run / name for run in ("whole", "parts")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_ranks_write_checkpoints_at_their_own_speed(bases, chats, tmp_path):
+    """One rank's disk is slow, or full while the other one's is slow."""
+
+    def case(name: str, changes: dict, **more) -> dict:
+        config = keys(bases["deepseek_v2"], chats, tmp_path / name, **changes)
+        return {"name": name, "ep_size": 2, "config": config, **more}
+
+    twice, late = {"save_steps": 2}, {"steps": 20, "save_steps": 10, "eval_steps": 20}
+    cases = [
+        case("whole", twice),
+        case("first", twice, slow_disk={"0": 0.5}),
+        case("second", twice, slow_disk={"1": 0.5}),
+        case("full", late, slow_disk={"0": 3.0}, file_limit={"1": 3000}),
+    ]
+    run_on_ranks(2, tmp_path, cases=cases)
+    assert len(contents(tmp_path / "whole")) == 4  # two files each of steps 4 and 5
+    for name in ("first", "second"):
+        assert errors(tmp_path, name, 2) == [None, None]
+        assert steps_kept(tmp_path / name) == [4, 5]
+        assert contents(tmp_path / name) == contents(tmp_path / "whole")
+        assert metrics(tmp_path / name) == metrics(tmp_path / "whole")
+    (said,) = set(errors(tmp_path, "full", 2))
+    assert said.startswith("OSError: rank 1: ") and "optimizer-1.safetensors" in said
+    assert said.endswith("no step was saved yet; the same command goes on")
+    assert len(metrics(tmp_path / "full")) < 20  # seen before the next checkpoint
 
 
 def test_what_differs_or_fails_on_one_rank_is_refused_on_all(bases, chats, tmp_path):
