@@ -10,9 +10,9 @@ FOLDER/1.json and so on, as long as the process PID lives.
 "cases" lists runs of train_ep: {"name", "ep_size", "config"}; beside it may stand, for some ranks,
 {"of_rank": {"1": {keys of the config, or ep_size, that differ there}}}, {"signal": {"1": step in
 which rank 1 gets a SIGTERM}}, {"file_limit": {"1": bytes that a file may have}}, {"slow_disk":
-{"1": seconds until rank 1 begins to write its part of a checkpoint}}. Rank R leaves NAME.R.json,
-with the error that ended the run or null, and the gradients of the first step in
-NAME.R.safetensors.
+{"1": seconds until rank 1 begins to write its part of a checkpoint}}, {"host_memory": {"1": bytes
+that rank 1 takes to be available}}. Rank R leaves NAME.R.json, with the error that ended the run or
+null, and the gradients of the first step in NAME.R.safetensors.
 
 "command" is the arguments of a command, as ["train_ep.py", "--config", ...]. Rank R leaves its
 status, stdout and stderr in command.R.json."""
@@ -20,6 +20,7 @@ status, stdout and stderr in command.R.json."""
 import io
 import itertools
 import json
+import math
 import os
 import resource
 import runpy
@@ -81,6 +82,8 @@ def run_case(case: dict, ranks: RecordingRanks, folder: Path) -> None:
     ranks.signal_in = case.get("signal", {}).get(str(ranks.rank))
     wait = case.get("slow_disk", {}).get(str(ranks.rank), 0)
     directory.write_tensors = lambda *file: time.sleep(wait) or write_tensors(*file)
+    room = case.get("host_memory", {}).get(str(ranks.rank), math.inf)
+    directory.available_bytes = lambda: room
     if limit := case.get("file_limit", {}).get(str(ranks.rank)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

@@ -355,7 +355,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(bases, chats, tmp_path):
 
 
 def test_ranks_write_checkpoints_at_their_own_speed(bases, chats, tmp_path):
-    """One rank's disk is slow, or full while the other one's is slow."""
+    """One rank's disk is slow, or full while the other one's is slow. One rank has no room for a
+    copy, so both wait."""
 
     def case(name: str, changes: dict, **more) -> dict:
         config = keys(bases["deepseek_v2"], chats, tmp_path / name, **changes)
@@ -366,11 +367,12 @@ def test_ranks_write_checkpoints_at_their_own_speed(bases, chats, tmp_path):
         case("whole", twice),
         case("first", twice, slow_disk={"0": 0.5}),
         case("second", twice, slow_disk={"1": 0.5}),
+        case("no room", twice, slow_disk={"0": 0.5}, host_memory={"1": 0}),
         case("full", late, slow_disk={"0": 3.0}, file_limit={"1": 3000}),
     ]
     run_on_ranks(2, tmp_path, cases=cases)
     assert len(contents(tmp_path / "whole")) == 4  # two files each of steps 4 and 5
-    for name in ("first", "second"):
+    for name in ("first", "second", "no room"):
         assert errors(tmp_path, name, 2) == [None, None]
         assert steps_kept(tmp_path / name) == [4, 5]
         assert contents(tmp_path / name) == contents(tmp_path / "whole")
