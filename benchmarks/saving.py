@@ -4,7 +4,7 @@
     python benchmarks/saving.py --device cpu --gigabytes 0.4     # on a CPU, in a minute
     python benchmarks/saving.py --tiny                           # the same code, in a second
 
-Masters and moments of experts of DeepSeek-V2-Lite's size; three checkpoints each way. "copied": the
+Masters and moments of experts of DeepSeek-V2-Lite's size; five checkpoints each way. "copied": the
 state is copied, and a thread writes the copy. "waits": without room for a copy. "before": as it was
 before there was a thread; safetensors wrote a copy on the host, which was read again for its hash.
 Prints seconds of each checkpoint and one JSON line."""
@@ -37,11 +37,12 @@ STATE_BYTES = 12  # of a trained parameter: master and two moments in float32
 
 
 def before(output: RunDirectory, optimizer: MasterAdamW, state: dict) -> None:
-    path = output.file("checkpoints/before/optimizer.safetensors")
+    path = output.file(f"checkpoints/before-{state['step']}/optimizer.safetensors")
+    tensors = {name: t.cpu() for name, t in optimizer.state(lambda name: True).items()}
     with replacing(path) as file:
-        save_file({name: t.cpu() for name, t in optimizer.state(lambda name: True).items()}, file)
+        save_file(tensors, file)
     file_hash(path)
-    shutil.rmtree(path.parent)
+    shutil.rmtree(output.file(f"checkpoints/before-{state['step'] - 2}"), ignore_errors=True)
 
 
 def measure(kind: str, folder: Path, optimizer: MasterAdamW) -> list[dict]:
@@ -51,7 +52,7 @@ def measure(kind: str, folder: Path, optimizer: MasterAdamW) -> list[dict]:
     save = before if kind == "before" else RunDirectory.save_checkpoint
     room = 0 if kind == "waits" else 2**60
     rows = []
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4, 5):
         begin = time.perf_counter()
         with mock.patch.object(directory, "available_bytes", lambda: room):
             save(output, optimizer, {"step": step})
