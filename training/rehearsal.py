@@ -81,9 +81,9 @@ def step_bytes(
     compute_gradients: Callable,
 ) -> int:
     """Returns the most bytes that one step allocates beside weights, masters and moments:
-    activations, gradients, temporaries. `compute_gradients` is train.py's. It runs two
-    micro-batches, where there are more, since the second meets the gradients of the first."""
-    count = min(config.batch_size, 2 * config.micro_batch * ranks.world_size)
+    activations, gradients, temporaries. `compute_gradients` is train.py's. It runs one micro-batch,
+    which meets the gradients of those before it, where there are more."""
+    count = min(config.batch_size, config.micro_batch * ranks.world_size)
     rows = Rows(*[torch.zeros(count, config.seq_length, dtype=torch.int64)] * 3)
     steps = count // config.micro_batch
     rehearsal = replace(config, device="meta", gradient_accumulation_steps=steps, compile=False)
@@ -93,6 +93,9 @@ def step_bytes(
         as_on_device(config),
         Allocations([*memory(model), *optimizer.masters.values()]) as allocations,
     ):
+        if count < config.batch_size and not config.optimizer_device:
+            for master in optimizer.masters.values():
+                master.grad = torch.empty_like(master)
         compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
     return allocations.peak
 
