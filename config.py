@@ -5,7 +5,7 @@ A key is one line of a dataclass that inherits from `Keys`:
 
     top_p: float | None = key(None, "part of a layer's score to select", above=0, at_most=1)
 
-Its type is str, bool, int, float or list[str], or one of these `| None`.
+Its type is str, bool, int, float, list[str] or BoolOrAuto, or one of these `| None`.
 """
 
 import argparse
@@ -16,13 +16,18 @@ import tomllib
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import TypeVar, get_args
+from types import NoneType
+from typing import Literal, TypeVar, get_args
 
 BOUNDS = dict(above=operator.gt, at_least=operator.ge, below=operator.lt, at_most=operator.le)
+BoolOrAuto = bool | Literal["auto"]
 READ = {  # type -> how to read a flag's text, and what it must be
     str: (str, "a string"),
     bool: ({"true": True, "false": False}.__getitem__, "true or false"),
+    BoolOrAuto: (
+        {"true": True, "false": False, "auto": "auto"}.__getitem__,
+        "true, false or auto",
+    ),
     int: (int, "an integer"),
     float: (float, "a number"),
     list[str]: (list, "a list of strings"),
@@ -68,12 +73,14 @@ def refusal(name: str, value, required: str) -> ValueError:
 
 def kind_of(f: dataclasses.Field) -> type:
     """Returns the type of a key without `| None`."""
-    return get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type
+    return get_args(f.type)[0] if NoneType in get_args(f.type) else f.type
 
 
 def has_type(value, kind: type) -> bool:
     if kind == list[str]:
         return isinstance(value, (list, tuple)) and all(type(each) is str for each in value)
+    if kind == BoolOrAuto:
+        return type(value) is bool or value == "auto"
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
@@ -82,8 +89,9 @@ def add_keys(parser: argparse.ArgumentParser, kind: type[Keys]) -> None:
     for f in fields(kind):
         type_ = kind_of(f)
         options = {"metavar": "|".join(f.metadata["choices"]) or "VALUE"}
-        if type_ is bool:
-            options = {"nargs": "?", "const": "true", "metavar": "true|false"}
+        if type_ in (bool, BoolOrAuto):
+            words = "true|false" if type_ is bool else "true|false|auto"
+            options = {"nargs": "?", "const": "true", "metavar": words}
         elif type_ == list[str]:
             options = {"nargs": "*", "action": "extend", "metavar": "VALUE"}
         shown = str(f.default).lower() if type_ is bool else f.default

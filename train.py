@@ -28,11 +28,12 @@ from config import read_keys
 from data import Rows, micro_batches, rows_of_step, sample_tokens
 from files import read_json, write_json, write_lines
 from generate import not_finite
-from model import Block, Transformer, checkpointed, token_losses
+from model import Block, Transformer, token_losses
 from peft_format import save_lora
 from processes import SingleProcess
 from select_experts import Scores, choose, collect_scores, describe, read_scores, scoring_batches
 from tasks import answer_file, score
+from training.checkpointing import first_checkpointed, settle_checkpointing
 from training.config import TrainConfig, config_parser
 from training.directory import RunDirectory
 from training.host_optimizer import check_host_memory, make_optimizer
@@ -60,7 +61,7 @@ def train(config: TrainConfig, ranks: SingleProcess = SingleProcess()) -> dict:
     if results := output.results():
         print(f"{output.path} holds the finished run; --overwrite starts anew")
         return results
-    with output.locked(), saying_what_is_kept(output), output.finishing():
+    with output.locked(), saying_what_is_kept(config, output), output.finishing():
         return run(config, inputs, output, ranks)
 
 
@@ -81,6 +82,7 @@ def run(config: TrainConfig, inputs: Inputs, output: RunDirectory, ranks: Single
     trained = mark_trained(config, inputs.whole, expert_cfg)
 
     ranks.on_all(check_host_memory, parameters, config)
+    config = settle_checkpointing(config, inputs, expert_cfg, output, compute_gradients)
     optimizer = make_optimizer(parameters, config)
     state = output.resume(optimizer, trained)
     print_start(config, inputs, expert_cfg, trained, state["step"])
@@ -271,10 +273,10 @@ def losses_of(
     and computed again in backward. Validation does neither."""
     documents = rows.documents if config.document_mask else None
     run_block = Block.__call__
-    if torch.is_grad_enabled() and config.compile:
-        run_block = fast.compiled_blocks(model)
-    if torch.is_grad_enabled() and config.gradient_checkpointing:
-        run_block = checkpointed(run_block)
+    if torch.is_grad_enabled():
+        run_block = fast.compiled_blocks(model) if config.compile else run_block
+        count = config.checkpointed_layers(model.config)
+        run_block = first_checkpointed(run_block, model, count)
     given = model, rows.tokens.to(config.device), rows.labels, documents, balance, run_block
     losses = token_losses if config.experts == "loop" else fast.token_losses  # loop: model.py alone
     return losses(*given)

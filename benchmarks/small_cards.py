@@ -71,6 +71,7 @@ def measure(case: list, tiny: bool, steps: int, rows: int) -> dict:
         seq_length=length,
         batch_size=rows,
         gradient_accumulation_steps=rows,
+        gradient_checkpointing=True,
         learning_rate=1e-5,
         device=device,
         dtype="bfloat16",

@@ -31,6 +31,7 @@ EXPERT_CFG = {"experts": {"1": [0, 3, 4], "2": [5]}, "shared_experts": True}
 
 def step_config(**changes) -> TrainConfig:
     sizes = dict(seq_length=48, batch_size=6, gradient_accumulation_steps=3, learning_rate=1e-2)
+    sizes["gradient_checkpointing"] = True
     return TrainConfig(**{**sizes, "device": "cpu", "dtype": "float32", **changes})
 
 

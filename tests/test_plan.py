@@ -110,7 +110,8 @@ def test_a_plan_over_ranks_does_not_depend_on_the_order_of_the_experts():
         base = small_config(**sizes)
         cfg = {"experts": {str(layer): experts for layer in base.moe_layers}}
         rank = Rehearsal(4, 4, 8, cfg)
-        needs.append(plan_rank(config, base, cfg, rank, compute_gradients))
+        need = plan_rank(config, base, cfg, rank, compute_gradients)
+        needs.append({name: v for name, v in need.items() if name != "peak"})
     assert needs[0] == needs[1]
     # The rank that is planned is the one that trains the most.
     assert Rehearsal(4, 4, 8, {"experts": {"1": [0, 6], "2": [0, 6, 7]}}).member == 3

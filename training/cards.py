@@ -2,7 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,15 +18,17 @@ from training.table import size_text, table_row
 # B200.
 CARDS = {16: 15.4, 24: 22.0, 32: 31.3, 40: 39.3, 48: 44.3, 80: 79.1, 141: 139.7, 180: 178.3}
 CARDS_OF_RANKS = (80, 141)  # those of hosts with several
-# What CUDA, its libraries and the allocator's gaps take beside tensors: up to 1.5 on an H100.
-OVERHEAD = 1.5 * 2**30
+# What a GPU needs beside the planned peak of tensors. CUDA, its libraries and the allocator's gaps
+# took up to 1.5 GiB on an H100. The rest is for steps that need more than their rehearsal, of up to
+# 1 %: their tokens are spread less evenly over the experts.
+OVERHEAD = 2.5 * 2**30
 
 
 class Choice(NamedTuple):
     """The keys that trade exactness or speed for memory, as in a config."""
 
     quantize: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
     optimizer_device: str
 
     def changes(self, config: TrainConfig) -> dict[str, str]:
@@ -47,12 +50,14 @@ def need_of(need: dict, checkpointing: bool) -> Need:
     return Need(max(peaks), need["host"])
 
 
-Choices = dict[Choice, Need]  # the best first
+# What `plan_choices` planned, by quantize and optimizer_device, the best first: an exact choice is
+# better than a packed one, which rounds weights, and a host's optimizer costs time.
+Needs = dict[tuple[str, str], dict]
+Choices = dict[Choice, Need]
 
 
-def ordered_choices(needs: dict[tuple[str, str], dict]) -> Choices:
-    """Returns what each choice needs. `needs` are by quantize and optimizer_device, the best first.
-    An exact choice is better than a packed one, which rounds weights; the other keys cost time."""
+def ordered_choices(needs: Needs) -> Choices:
+    """Returns what each choice needs, in the order of the table."""
     kinds, places = (list(dict.fromkeys(values)) for values in zip(*needs))
     return {
         Choice(kind, checkpointing, place): need_of(needs[kind, place], checkpointing)
@@ -63,8 +68,22 @@ def ordered_choices(needs: dict[tuple[str, str], dict]) -> Choices:
 
 
 def needed(device: str, need: Need) -> float:
-    """Returns the bytes that the device must have. A CPU's memory is the host's."""
-    return need.device + (OVERHEAD if device.startswith("cuda") else need.host)
+    """Returns the bytes that the device must have."""
+    return need.device + beside(device, need.host)
+
+
+def beside(device: str, host: int) -> float:
+    """Returns the bytes that the device must have beside the peak of tensors. A CPU's memory is the
+    host's."""
+    return OVERHEAD if device.startswith("cuda") else host
+
+
+def fewest_layers(peak: Callable[[int], int], count: int, room: float) -> int:
+    """Returns how many of `count` layers, at least, must run again in backward so that the peak of
+    a step, a function of that number, is within `room` bytes. All, if that is not enough."""
+    if peak(0) <= room:  # the usual case, and each call is a rehearsal
+        return 0
+    return bisect_left(range(count), True, lo=1, key=lambda layers: peak(layers) <= room)
 
 
 def memory_here(device: str) -> dict[str, int]:
@@ -114,8 +133,9 @@ def choice_lines(
     lines = ["", table_row("quantize  checkpointing  optimizer_device", heads)]
     for choice, need in columns[0].items():
         kind, checkpointing, place = choice
-        used = "" if choice.changes(config) else "*"
-        words = kind or "-", "yes" if checkpointing else "no", place or "-", used
+        used = (kind, place) == (config.quantize, config.optimizer_device)
+        used &= config.gradient_checkpointing in ("auto", checkpointing)
+        words = kind or "-", "yes" if checkpointing else "no", place or "-", "*" if used else ""
         label = "{:<10}{:<15}{:<17}{}".format(*words)
         if len(ranks) == 1:
             host = size_text(need.host) if need.host else "-"
@@ -131,41 +151,43 @@ def choice_lines(
     return lines
 
 
-def command_lines(config: TrainConfig, choices: Choices, given: dict, floor: int) -> list[str]:
+def command_lines(config: TrainConfig, needs: Needs, given: dict) -> list[str]:
     """Returns the command with the best choice for the device here, or for each size of cards.
-    `given` are the flags of the present command. `floor` is what scoring and evaluation need at
-    least, in bytes, which the keys of a step do not change."""
+    `given` are the flags of the present command."""
     lines, before = ["", "the most exact choice that fits, and of these the fastest:"], ""
+    # Scoring and evaluation need so much at least, which the keys of a step do not change.
+    floor = min(need["peak", "inference"] for need in needs.values())
     for name, memory in memories(config.device, CARDS).items():
         helps = less(config, 1)
         if needed(config.device, Need(floor, host=0)) > memory:
             helps = f"scoring and evaluation alone need {size_text(floor)}"
         text = f"nothing fits: {helps}, or several GPUs (train_ep.py --plan 2 4 8)"
-        if choice := best(choices, config.device, memory):
+        if choice := best(needs, config.device, memory):
             flags = given | choice.changes(config)
-            text = shlex.join(["python", "train.py", *words_of(flags)])
+            command = shlex.join(["python", "train.py", *words_of(flags)])
+            text = f"{command}  # {layers_text(needs, choice, config.device, memory)}"
         if not choice or text != before:  # else a smaller card is enough
             lines.append(f"{name}: {text}")
         before = text
     return lines
 
 
-def rank_lines(
-    config: TrainConfig, ranks: list[SingleProcess], columns: list[Choices]
-) -> list[str]:
+def rank_lines(config: TrainConfig, ranks: list[SingleProcess], columns: list[Needs]) -> list[str]:
     """Returns the smallest number of ranks that fits the device here, or each size of cards of
     hosts with several, and the flags of its best choice."""
     most = max(each.world_size for each in ranks)
     lines = ["", "the fewest of these ranks that fit; for them the most exact, then the fastest:"]
     for name, memory in memories(config.device, CARDS_OF_RANKS).items():
         found = {
-            each.world_size: choice
-            for each, choices in zip(ranks, columns)
-            if (choice := best(choices, config.device, memory))
+            each.world_size: (needs, choice)
+            for each, needs in zip(ranks, columns)
+            if (choice := best(needs, config.device, memory))
         }
         if found:
-            flags = shlex.join(words_of(found[min(found)].changes(config)))
+            needs, choice = found[min(found)]
+            flags = shlex.join(words_of(choice.changes(config)))
             text = f"{min(found)} ranks, {f'with {flags}' if flags else 'as in this config'}"
+            text += f"; {layers_text(needs, choice, config.device, memory)}"
         else:
             text = f"nothing fits: {less(config, most)}, or more ranks"
         lines.append(f"{name}: {text}")
@@ -177,8 +199,24 @@ def memories(device: str, cards: Iterable[int]) -> dict[str, float]:
     return memory_here(device) or {f"{gb} GB": CARDS[gb] * 2**30 for gb in cards}
 
 
-def best(choices: Choices, device: str, memory: float) -> Choice | None:
-    return next((c for c, need in choices.items() if needed(device, need) <= memory), None)
+def best(needs: Needs, device: str, memory: float) -> Choice | None:
+    for (kind, place), need in needs.items():
+        if needed(device, need_of(need, True)) <= memory:
+            return Choice(kind, "auto", place)
+    return None
+
+
+def layers_text(needs: Needs, choice: Choice, device: str, memory: float) -> str:
+    """Returns what "auto" does with a choice that fits."""
+    layers, peak = layers_of(needs[choice.quantize, choice.optimizer_device], device, memory)
+    return f"checkpoints {layers}, peak of a step {size_text(peak)}"
+
+
+def layers_of(need: dict, device: str, memory: float) -> tuple[str, int]:
+    """Returns how many layers "auto" lets run again, of how many, and the peak of a step then."""
+    count = need["layers"]
+    layers = fewest_layers(need["peak"], count, memory - beside(device, need["host"]))
+    return f"{layers} of {count} layers", need["peak"](layers)
 
 
 def words_of(flags: dict[str, str | list[str]]) -> list[str]:

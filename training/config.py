@@ -5,7 +5,7 @@ import argparse
 from dataclasses import dataclass
 
 from checkpoint import EXPERTS
-from config import add_keys, key
+from config import BoolOrAuto, add_keys, key
 from fast.device import compiler_error
 from model import ModelConfig
 from select_experts import SelectionConfig
@@ -58,7 +58,9 @@ class TrainConfig(SelectionConfig):
 
     # Machine
     experts: str = key("auto", "loop: the specification; grouped: fast", choices=EXPERTS)
-    gradient_checkpointing: bool = key(True, "layers run again in backward, to save memory")
+    gradient_checkpointing: BoolOrAuto = key(
+        "auto", "layers run again in backward, to save memory: all, none, or as few as will do"
+    )
     compile: bool | None = key(None, "torch.compile of layers (default: on a GPU, if it pays)")
     deterministic: bool = key(True, "same seed and machine, same bits; false: faster on a GPU")
     optimizer_device: str = key(
@@ -118,6 +120,12 @@ class TrainConfig(SelectionConfig):
     def micro_batch(self) -> int:
         """How many rows a micro-batch has, over all ranks."""
         return self.batch_size // self.gradient_accumulation_steps
+
+    def checkpointed_layers(self, base: ModelConfig) -> int:
+        """Returns how many layers, from the first on, run again in backward. In place of "auto"
+        there must be that number: see training/checkpointing.py."""
+        asked = self.gradient_checkpointing
+        return base.num_hidden_layers if asked is True else int(asked)
 
     def balance_weight(self, base: ModelConfig) -> float:
         """Returns the weight of the load balance loss."""

@@ -4,6 +4,7 @@ rehearsal.py; which ranks there are comes from train_ep.py."""
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from adapter import everything, read_expert_cfg
 from checkpoint import build_model, local_directory, read_config
 from data import micro_batches
-from fast.packed import QUANTIZATIONS, memory, quantize
+from fast.packed import QUANTIZATIONS, memory
 from files import read_json
 from model import ModelConfig, Transformer
 from processes import SingleProcess
@@ -22,6 +23,8 @@ from training.cards import (
     choice_lines,
     command_lines,
     fits,
+    layers_of,
+    memory_here,
     need_of,
     ordered_choices,
     rank_lines,
@@ -76,10 +79,48 @@ def plan_rank(
     compute_gradients: Callable,
 ) -> dict:
     """Returns what a rank holds and needs, in parameters and bytes."""
+    model, trained = model_of_rank(config, model_config, expert_cfg, ranks)
+    return plan_model(config, model, trained, ranks, compute_gradients)
+
+
+def model_of_rank(
+    config: TrainConfig, model_config: ModelConfig, expert_cfg: dict | None, ranks: SingleProcess
+) -> tuple[Transformer, dict[str, nn.Parameter]]:
+    """Returns a rank's model without data, and its trained parameters."""
     dtype = getattr(torch, config.dtype)
     model = build_model(model_config, "meta", dtype, config.experts, ranks.split, config.quantize)
-    trained = mark_trained(config, model, expert_cfg)
-    return plan_model(config, model, trained, ranks, compute_gradients)
+    return model, mark_trained(config, model, expert_cfg)
+
+
+def peak_of_step(
+    config: TrainConfig,
+    model: Transformer,
+    trained: dict[str, nn.Parameter],
+    ranks: SingleProcess,
+    compute_gradients: Callable,
+) -> Callable[[int], int]:
+    """Returns a function: how many layers run again in backward -> bytes at the peak of a step. It
+    rehearses each number once."""
+    held = sum(held_bytes(config, model, trained).values())
+
+    @cache
+    def peak(layers: int) -> int:
+        rehearsed = replace(config, gradient_checkpointing=layers)
+        return held + step_bytes(rehearsed, model, trained, ranks, compute_gradients)
+
+    return peak
+
+
+def held_bytes(
+    config: TrainConfig, model: Transformer, trained: dict[str, nn.Parameter]
+) -> dict[str, int]:
+    """Returns the bytes that the device holds between steps."""
+    count = 0 if config.optimizer_device else sum(p.numel() for p in trained.values())
+    return {
+        "weights": weight_bytes(model),
+        "masters": 0 if config.dtype == "float32" else 4 * count,  # a float32 weight is its own
+        "moments": 8 * count,
+    }
 
 
 def plan_model(
@@ -92,26 +133,23 @@ def plan_model(
     """Returns `plan_rank` for a model that is there."""
     count = sum(p.numel() for p in trained.values())
     batches = micro_batches(config.batch_size, config.micro_batch, 0, ranks.world_size)
-    beside = 0 if config.optimizer_device else count  # whose optimizer is on the device
-    float32 = config.dtype == "float32"
-    need = {
+    layers, held = model.config.num_hidden_layers, held_bytes(config, model, trained)
+    peak = peak_of_step(config, model, trained, ranks, compute_gradients)
+    need = held | {
         "micro-batches": f"{len(batches)} of {len(batches[0])} rows",
         "held": sum(p.numel() for p in model.parameters()),
         "trained": count,
-        "weights": weight_bytes(model),
-        "masters": 0 if float32 else 4 * beside,  # a float32 weight is its own master
-        "moments": 8 * beside,
-        "gradients": 4 * beside,
+        "gradients": 0 if config.optimizer_device else 4 * count,
         "host": host_bytes(trained) if config.optimizer_device else 0,
+        "layers": layers,
+        "peak": peak,
     }
-    held = need["weights"] + need["masters"] + need["moments"]
+    fixed = sum(held.values())
     if ranks.world_size == 1:  # ranks share such a pass, and each one's part of it is small
-        need["peak", "inference"] = held + inference_bytes(config, model)
-    for checkpointing in (True, False):
-        rehearsed = replace(config, gradient_checkpointing=checkpointing)
-        step = step_bytes(rehearsed, model, trained, ranks, compute_gradients)
-        need["activations", checkpointing] = max(step - need["gradients"], 0)
-        need["peak", checkpointing] = step + held
+        need["peak", "inference"] = fixed + inference_bytes(config, model)
+    for checkpointing, again in ((True, layers), (False, 0)):
+        need["activations", checkpointing] = max(peak(again) - fixed - need["gradients"], 0)
+        need["peak", checkpointing] = peak(again)
     return need
 
 
@@ -128,23 +166,20 @@ def plan_choices(
 ) -> dict[tuple[str, str], dict]:
     """Returns `plan_rank` for each quantize and optimizer_device that the config can have. Steps
     are rehearsed with unpacked experts only: packed ones differ in the weights, not in the step."""
-    dtype = getattr(torch, config.dtype)
-    model = build_model(model_config, "meta", dtype, config.experts, ranks.split)
-    trained = mark_trained(config, model, expert_cfg)
-    # Beside a CPU the optimizer is in host memory anyway. "cpu" is last: its hooks remain.
+    # Beside a CPU the optimizer is in host memory anyway.
     places = ("", "cpu") if config.device.startswith("cuda") else (config.optimizer_device,)
     needs = {}
     for place in places:
-        placed = replace(config, optimizer_device=place)
-        needs["", place] = plan_model(placed, model, trained, ranks, compute_gradients)
+        placed = replace(config, optimizer_device=place, quantize="")
+        needs["", place] = plan_rank(placed, model_config, expert_cfg, ranks, compute_gradients)
     for kind in QUANTIZATIONS if config.method == "esft" else ():
+        packed = replace(config, quantize=kind)
         try:
-            quantize(model, kind)
+            model, _ = model_of_rank(packed, model_config, expert_cfg, ranks)
         except ValueError:  # its sizes cannot be packed so
             if kind == config.quantize:
                 raise
             continue
-        mark_trained(config, model, expert_cfg)
         for place in places:
             needs[kind, place] = with_weights(needs["", place], weight_bytes(model))
     return needs
@@ -153,7 +188,7 @@ def plan_choices(
 def with_weights(need: dict, weights: int) -> dict:
     more = weights - need["weights"]
     peaks = {key: need[key] + more for key in need if key[0] == "peak"}
-    return need | peaks | {"weights": weights}
+    return need | peaks | {"weights": weights, "peak": lambda layers: need["peak"](layers) + more}
 
 
 def plan(
@@ -182,11 +217,10 @@ def plan(
     needs = [needs[config.quantize, config.optimizer_device] for needs in planned]
     choices = [ordered_choices(needs) for needs in planned]
     if rehearse:
-        advice = rank_lines(config, columns, choices)
+        advice = rank_lines(config, columns, planned)
         advice += exchange_lines(config, model_config, columns)
     else:
-        floor = min(need["peak", "inference"] for need in planned[0].values())
-        advice = command_lines(config, choices[0], given or {}, floor)
+        advice = command_lines(config, planned[0], given or {})
     count = sum(p.numel() for p in trained.values())
     adapter = size_text(count * getattr(torch, config.dtype).itemsize)
     steps = f"{config.batch_size} rows of {config.seq_length} tokens"
@@ -196,7 +230,8 @@ def plan(
         "",
         *table(config, columns, needs),
         *choice_lines(config, columns, choices),
-        "* as in this config",
+        "* as in this config"
+        + "; auto: between these lines" * (config.gradient_checkpointing == "auto"),
         *advice,
         "",
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
@@ -235,6 +270,11 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
             gib("  peak of a step", ("peak", checkpointing)),
             table_row("  fits", [fits(config.device, peak) for peak in peaks]),
         ]
+    if config.gradient_checkpointing == "auto":
+        for size in memory_here(config.device).values():
+            layers, peaks = zip(*[layers_of(need, config.device, size) for need in needs])
+            lines.append(table_row("gradient_checkpointing auto, on this device: *", layers))
+            lines.append(table_row("  peak of a step", map(size_text, peaks)))
     if config.optimizer_device:
         lines.append(gib("host memory of the optimizer", "host"))
     return lines

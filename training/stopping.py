@@ -21,17 +21,16 @@ def ending(error: BaseException) -> tuple[str, int]:
     """Returns what a command says of an error of ENDINGS, and its exit status."""
     if isinstance(error, KeyboardInterrupt):
         return f"\nstopped: {error}" if str(error) else "\nstopped", 130
-    if isinstance(error, torch.OutOfMemoryError):
-        less = "gradient_checkpointing and more gradient_accumulation_steps make it less"
-        return f"error: {error}\n--plan shows what the run needs; {less}", 1
     return f"error: {error}", 1
 
 
 @contextmanager
-def saying_what_is_kept(output: RunDirectory):
-    """Adds to an error that ends a run early how much of the run is kept."""
+def saying_what_is_kept(config: TrainConfig, output: RunDirectory):
+    """Adds to an error that ends a run early how much of the run is kept, or which keys help."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error}\n{what_needs_less(config)}") from None
     except (OSError, FloatingPointError, KeyboardInterrupt) as error:
         saved = checkpoints(output.path)
         kept = f"kept: {saved[-1]}, from which" if saved else "no step was saved yet;"
@@ -40,6 +39,18 @@ def saying_what_is_kept(output: RunDirectory):
         if isinstance(error, FloatingPointError):  # would come to the same end
             goes_on = f"kept: {saved[-1] if saved else 'no step'}"
         raise type(error)(f"{error}; {goes_on}" if str(error) else goes_on) from None
+
+
+def what_needs_less(config: TrainConfig) -> str:
+    """Returns which keys let a step need less memory."""
+    less = {
+        "--gradient_checkpointing true": config.gradient_checkpointing is not True,
+        "--optimizer_device cpu": not config.optimizer_device,
+        "more --gradient_accumulation_steps (in another output_dir)": config.micro_batch > 1,
+        "--quantize (likewise)": config.method == "esft" and config.quantize != "nf4",
+    }
+    named = [key for key, helps in less.items() if helps] or ["a shorter --seq_length"]
+    return f"--plan shows what the run needs; a step needs less with {' or '.join(named)}"
 
 
 def not_finite_message(
