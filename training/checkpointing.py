@@ -1,7 +1,7 @@
-"""`gradient_checkpointing`: which layers run again in backward, so that their activations need not be
-kept. "auto": as few as let a step fit the device. These are the first ones: when backward comes to
-them, the activations of the later ones are freed, and running them again costs nothing at the peak.
-The number changes no bit of a result."""
+"""`gradient_checkpointing`: which layers run again in backward, so that their activations need not
+be kept. "auto": as few as let a step fit the device. These are the first ones: when backward comes
+to them, the activations of the later ones are freed, and running them again costs nothing at the
+peak. The number changes no bit of a result."""
 
 import os
 from collections.abc import Callable

@@ -15,8 +15,8 @@ FLOPS = 350e12
 
 
 def step_flops(config: TrainConfig, base: ModelConfig) -> float:
-    """Returns the floating-point operations of a token in a step: forward (twice with all layers
-    checkpointed) and backward, without the weight gradients of the few trained experts."""
+    """Returns the floating-point operations of a token in a step: forward (twice with
+    checkpointing) and backward, without the weight gradients of the few trained experts."""
     linear = sum(
         p.numel()
         for name, p in build_model(base, "meta").named_parameters()
@@ -29,7 +29,7 @@ def step_flops(config: TrainConfig, base: ModelConfig) -> float:
         heads = base.qk_nope_head_dim + base.qk_rope_head_dim + base.v_head_dim
     # A query sees half of the row, on average.
     seen = base.num_hidden_layers * base.num_attention_heads * heads * config.seq_length / 2
-    forwards = 2 if config.gradient_checkpointing is True else 1
+    forwards = 2 if config.gradient_checkpointing else 1
     return 2 * (linear * (forwards + 1) + seen * (forwards + 2.5))
 
 
@@ -38,7 +38,7 @@ def exchange_lines(
 ) -> list[str]:
     """Returns lines of a plan. Each of `columns` has a world_size and an ep_size."""
     size = getattr(torch, config.dtype).itemsize
-    ways = 6 if config.gradient_checkpointing is True else 4
+    ways = 6 if config.gradient_checkpointing else 4
     layers, K = len(base.moe_layers), base.num_experts_per_tok
     sizes = config.batch_size, config.micro_batch
     batches = [micro_batches(*sizes, 0, c.world_size) for c in columns]
@@ -57,7 +57,7 @@ def exchange_lines(
     again = " (twice, as layers are computed again)" if ways == 6 else ""
     notes = [f"ways: tokens to their experts and back{again}, gradients to them and back"]
     if config.gradient_checkpointing == "auto":
-        notes.append("a layer that auto lets run again has 6 ways, which is not counted here")
+        notes.append("auto: these are the figures of all layers, the most; fewer may run again")
     if config.device.startswith("cuda"):
         flops = step_flops(config, base)
         seconds = [n * len(parts) * flops / FLOPS for n, parts in zip(tokens, batches)]
