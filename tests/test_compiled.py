@@ -16,10 +16,11 @@ from checkpoint import build_model
 from fast import compiled_blocks
 from fast.loss import token_losses
 from files import read_json
-from model import Block, ModelConfig, checkpointed
+from model import Block, ModelConfig
 from select_experts import collect_scores
 from train import train
 from training import config as training_config
+from training.checkpointing import first_checkpointed
 from training.config import TrainConfig, settle_compile
 
 V2_LITE_CONFIG = ModelConfig(**V2_LITE)
@@ -52,7 +53,8 @@ def random_models(count: int = 2, **changes):
 
 def gradients(model, tokens, compiled=False, checkpointing=False) -> dict[str, torch.Tensor]:
     run_block = compiled_blocks(model) if compiled else Block.__call__
-    options = {"run_block": checkpointed(run_block) if checkpointing else run_block}
+    count = model.config.num_hidden_layers if checkpointing is True else int(checkpointing)
+    options = {"run_block": first_checkpointed(run_block, model, count)}
     losses, balance = token_losses(
         model, tokens, tokens, balance=True, chunk=100, **options
     )
@@ -61,7 +63,7 @@ def gradients(model, tokens, compiled=False, checkpointing=False) -> dict[str, t
     return found | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 3])
 def test_compiled_layers_give_the_gradients_in_as_few_graphs_as_there_are_kinds_of_layer(
     graphs, checkpointing
 ):
