@@ -71,18 +71,6 @@ def selection_of_this_run(config: TrainConfig) -> Path | None:
     return output / "expert_cfg.json" if same else None
 
 
-def plan_rank(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    expert_cfg: dict | None,
-    ranks: SingleProcess,
-    compute_gradients: Callable,
-) -> dict:
-    """Returns what a rank holds and needs, in parameters and bytes."""
-    model, trained = model_of_rank(config, model_config, expert_cfg, ranks)
-    return plan_model(config, model, trained, ranks, compute_gradients)
-
-
 def model_of_rank(
     config: TrainConfig, model_config: ModelConfig, expert_cfg: dict | None, ranks: SingleProcess
 ) -> tuple[Transformer, dict[str, nn.Parameter]]:
@@ -118,19 +106,20 @@ def held_bytes(
     count = 0 if config.optimizer_device else sum(p.numel() for p in trained.values())
     return {
         "weights": weight_bytes(model),
-        "masters": 0 if config.dtype == "float32" else 4 * count,  # a float32 weight is its own
+        "masters": 0 if config.dtype == "float32" else 4 * count,  # float32 weights are masters
         "moments": 8 * count,
     }
 
 
-def plan_model(
+def plan_rank(
     config: TrainConfig,
-    model: Transformer,
-    trained: dict[str, nn.Parameter],
+    model_config: ModelConfig,
+    expert_cfg: dict | None,
     ranks: SingleProcess,
     compute_gradients: Callable,
 ) -> dict:
-    """Returns `plan_rank` for a model that is there."""
+    """Returns what a rank holds and needs, in parameters and bytes."""
+    model, trained = model_of_rank(config, model_config, expert_cfg, ranks)
     count = sum(p.numel() for p in trained.values())
     batches = micro_batches(config.batch_size, config.micro_batch, 0, ranks.world_size)
     layers, held = model.config.num_hidden_layers, held_bytes(config, model, trained)
