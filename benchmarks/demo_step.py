@@ -137,7 +137,8 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     rounds, tried = (1, 1) if args.tiny else (15, 3)
-    arguments = command_line().parse_args(["--device", "cpu"])
+    flags = ["--device", "cpu", "--gradient_checkpointing", "false"]  # what auto comes to here
+    arguments = command_line().parse_args(flags)
     config = read_keys(TrainConfig, arguments, str(ROOT / "configs/demo.toml"))
     config.model, config.data = str(ROOT / config.model), str(ROOT / config.data)
     if args.tiny:
