@@ -315,6 +315,22 @@ def test_a_card_that_is_here_gets_its_command(tmp_path, small_cards):
     assert "nothing fits: a shorter --seq_length, or" in plan(one_row, compute_gradients)
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_auto_on_the_card_that_is_here(tmp_path, small_cards, layers):
+    """It has room for just so many layers that run again. Both lines of choices are marked."""
+    config = small_run(tmp_path, fields=LARGER)
+    base = read_config(tmp_path)
+    peak = plan_rank(config, base, EXPERT_CFG, SingleProcess(), compute_gradients)["peak"]
+    assert peak(layers - 1) > peak(layers)
+    small_cards(1, here=peak(layers) / 1024)
+    text = plan(config, compute_gradients)
+    size = f"{peak(layers) / 2**20:.1f} MiB"
+    assert re.search(rf"auto, on this device: \* +{layers} of 6 layers\n  peak.* {size}\n", text)
+    assert f"  # checkpoints {layers} of 6 layers, peak of a step {size}\n" in text
+    marked = [choice for choice, cells in table_of(text).items() if "*" in cells]
+    assert marked == [("", False, ""), ("", True, "")]
+
+
 def test_the_fewest_ranks_that_fit(tmp_path, small_cards):
     config = small_run(tmp_path, fields=LARGER, gradient_accumulation_steps=1)
     peaks = {n: planned_peaks(config, Rehearsal(n, n, 8, EXPERT_CFG)) for n in (2, 4, 8)}
@@ -326,6 +342,9 @@ def test_the_fewest_ranks_that_fit(tmp_path, small_cards):
     smallest = f"\n{round(least + 0.1)} GB: 4 ranks, with --quantize nf4 --optimizer_device cpu; "
     assert f"{smallest}checkpoints " in text
     assert "GB: 2 ranks, as in this config; checkpoints 0 of 6 layers, peak of a step " in text
+    assert (
+        "ways: a layer and micro-batch" in text and "\nauto: these are the figures of all" in text
+    )
     table = table_of(text)
     assert len(table) == 12 and all(len(cells) >= 9 for cells in table.values())
     line = next(x for x in text.splitlines() if x.startswith("host memory of a rank"))
