@@ -4,8 +4,8 @@ gate, experts, loss.
 This file says what is computed. It does not read files (checkpoint.py), choose what is trained
 (adapter.py) or know of several processes (train_ep.py). It is not made to be fast. Some functions
 are attributes of modules, so that other files can put others there, with the same results up to
-rounding: `attend`, `document_mask`, `router_logits`, `top_experts`, `run_experts` (fast/),
-`up_projection` (lora.py) and `all_experts` (train_ep.py).
+rounding: `attend`, `attend_cache`, `document_mask`, `router_logits`, `top_experts`, `run_experts`
+(fast/), `up_projection` (lora.py) and `all_experts` (train_ep.py).
 
 Parameter names are exactly those of the published checkpoints, so a trained expert is a valid
 checkpoint tensor. Equation numbers are those of DeepSeekMoE (arXiv 2401.06066), DeepSeek-V2
@@ -199,6 +199,16 @@ def attend(
     return out[..., :width].transpose(1, 2).flatten(2)
 
 
+def attend_cache(q: Tensor, past: Tensor, positions: Tensor, C: int, scale: float) -> Tensor:
+    """q (B, H, C + R), of one token a row, and `past` (B, length, C + R) -> (B, H, C). All heads
+    share keys, and values, which are their first C numbers. A token sees up to positions (B, 1)."""
+    # One product for all heads of a row. Broadcasting would copy the cache for each head.
+    scores = torch.bmm(q, past.mT).float() * scale  # (B, H, length)
+    unseen = torch.arange(past.shape[1], device=past.device) > positions[:, None]
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1).to(past.dtype)
+    return torch.bmm(weights, past[..., :C])
+
+
 def document_mask(documents: Tensor, device: torch.device) -> Tensor:
     """documents (B, T), a number for each token -> mask (B, 1, T, T): a token sees the tokens
     before it in its own document."""
@@ -247,12 +257,8 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        c, D, H, bias = (
-            config,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.attention_bias,
-        )
+        c, D, H = config, config.hidden_size, config.num_attention_heads
+        bias = config.attention_bias
         nope, R, v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         self.nope_dim, self.rope_dim, self.v_dim = nope, R, v
         self.heads, self.latent_dim, self.interleaved = H, c.kv_lora_rank, c.rope_interleave
@@ -270,7 +276,7 @@ class LatentAttention(nn.Module):
         self.scale = (nope + R) ** -0.5
         if c.yarn:
             self.scale *= yarn_mscale(c.yarn["factor"], c.yarn.get("mscale_all_dim", 0)) ** 2
-        self.attend = attend
+        self.attend, self.attend_cache = attend, attend_cache
 
     def forward(
         self,
@@ -313,11 +319,7 @@ class LatentAttention(nn.Module):
         up = self.up_projection().view(self.heads, -1, self.latent_dim)
         w_k, w_v = up.split([self.nope_dim, self.v_dim], 1)
         q = torch.cat([torch.einsum("bhn,hnc->bhc", q_nope[:, 0], w_k), q_rope[:, 0]], -1)
-        # One product for all heads of a row. Broadcasting would copy the cache for each head.
-        scores = torch.bmm(q, past.mT).float() * self.scale  # (B, H, length)
-        unseen = torch.arange(past.shape[1], device=past.device) > positions[:, None]
-        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1).to(past.dtype)
-        out = torch.bmm(weights, past[..., : self.latent_dim])  # (B, H, C)
+        out = self.attend_cache(q, past, positions, self.latent_dim, self.scale)
         return torch.einsum("bhc,hvc->bhv", out, w_v).flatten(1)[:, None]
 
     def up_projection(self) -> Tensor:

@@ -2,7 +2,7 @@
 rounding. `install` puts them into a model; the loss, compiled blocks and decoding are called.
 `quantize` lets experts rest in fewer bits."""
 
-from fast.attention import attend, group_documents
+from fast.attention import attend, attend_cache, group_documents
 from fast.compiled import compiled_blocks
 from fast.experts import StackedExperts, experts_grouped
 from fast.gate import router_logits, top_experts
@@ -20,7 +20,7 @@ def install(model: Transformer) -> None:
     model.document_mask = group_documents
     for module in model.modules():
         if isinstance(module, MultiHeadAttention | LatentAttention):
-            module.attend = attend
+            module.attend, module.attend_cache = attend, attend_cache
         elif isinstance(module, Gate):
             module.router_logits, module.top_experts = router_logits, top_experts
         elif isinstance(module, MoE):

@@ -8,6 +8,8 @@ Dimensions as in model.py; in attention A is the width of q and k, Z that of v."
 
 from __future__ import annotations  # without Triton, `tl.constexpr` below is only a word
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -288,8 +290,11 @@ def two_powers(width: int) -> tuple[int, int] | None:
     return (large, small) if small >= 16 and small & (small - 1) == 0 else None
 
 
-# An operator of its own: launched by a compiled layer, the kernel took three times as long.
-@torch.library.custom_op("esft::query_gradient", mutates_args=())
+# Operators of their own: launched by a compiled layer, this kernel took three times as long.
+operator = partial(torch.library.custom_op, mutates_args=())
+
+
+@operator("esft::query_gradient")
 def query_gradient(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, logsumexp: Tensor, scale: float
 ) -> Tensor:
@@ -311,3 +316,62 @@ def query_gradient(
 @query_gradient.register_fake
 def _(q, k, v, y, dy, logsumexp, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+# Decoding: a program goes over a part of one row's cache, which it reads once and not beyond the
+# row's own tokens. KEYS of it are read at a time, by HEADS heads.
+
+KEYS, HEADS = 32, 16
+
+
+@jit
+def _attend_cache(
+    Q, PAST, POSITIONS, OUT, LOGSUMEXP, scale, row_stride, token_stride, H,
+    C: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    b, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    heads = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    there, c, r = heads[:, None] < H, tl.arange(0, C), tl.arange(0, R)
+    q = Q + (b * H + heads[:, None]) * (C + R)
+    q_latent = tl.load(q + c, mask=there, other=0.0)
+    q_rope = tl.load(q + C + r, mask=there, other=0.0)
+    seen = tl.load(POSITIONS + b).to(tl.int32) + 1
+    size = tl.cdiv(tl.cdiv(seen, parts), KEYS) * KEYS
+    most, total = tl.full((HEADS,), -3e38, tl.float32), tl.zeros((HEADS,), tl.float32)
+    out = tl.zeros((HEADS, C), tl.float32)
+    PAST += b.to(tl.int64) * row_stride
+    for first in range(part * size, tl.minimum((part + 1) * size, seen), KEYS):
+        keys = first + tl.arange(0, KEYS)
+        past = PAST + keys[:, None] * token_stride
+        latent = tl.load(past + c, mask=keys[:, None] < seen, other=0.0)  # (KEYS, C)
+        rope = tl.load(past + C + r, mask=keys[:, None] < seen, other=0.0)
+        scores = tl.dot(q_rope, rope.T, tl.dot(q_latent, latent.T)) * scale  # (HEADS, KEYS)
+        scores = tl.where(keys < seen, scores, float("-inf"))
+        more = tl.maximum(most, tl.max(scores, 1))
+        weights, before = tl.exp(scores - more[:, None]), tl.exp(most - more)
+        total = total * before + tl.sum(weights, 1)
+        out = tl.dot(weights.to(latent.dtype), latent, out * before[:, None])
+        most = more
+    out = out / tl.maximum(total, 1e-30)[:, None]  # a part may have no key
+    at = (b * parts + part) * H + heads
+    tl.store(OUT + at[:, None] * C + c, out.to(OUT.dtype.element_ty), mask=there)
+    tl.store(LOGSUMEXP + at, most + tl.log(total), mask=heads < H)
+
+
+@operator("esft::attend_cache")
+def attend_cache(q: Tensor, past: Tensor, positions: Tensor, C: int, scale: float) -> Tensor:
+    """Equals `model.attend_cache`. Few rows are read in several parts, so that all of the GPU has
+    work. C and the rest of a token are powers of two."""
+    (B, H, width), blocks = q.shape, triton.cdiv(q.shape[1], HEADS)
+    parts = min(triton.cdiv(256, B * blocks), triton.cdiv(past.shape[1], KEYS))
+    out = q.new_empty(B, parts, H, C, dtype=torch.float32 if parts > 1 else q.dtype)
+    logsumexp = q.new_empty(B, parts, H, 1, dtype=torch.float32)
+    sizes = {"C": C, "R": width - C, "KEYS": KEYS, "HEADS": HEADS}
+    given = q.contiguous(), past, positions, out, logsumexp, scale, *past.stride()[:2], H
+    _attend_cache[(B, parts, blocks)](*given, **sizes)
+    return out[:, 0] if parts == 1 else (logsumexp.softmax(1) * out).sum(1).to(q.dtype)
+
+
+@attend_cache.register_fake
+def _(q, past, positions, C, scale):
+    return q.new_empty(*q.shape[:2], C)

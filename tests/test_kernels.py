@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+import model
 from fast import kernels
 from fast.experts import sort_by_expert, sum_slots, swiglu, swiglu_backward
 from fast.loss import cross_entropy
@@ -116,6 +117,21 @@ def test_the_gradient_of_the_queries(dtype, length, width, value_width):
     found = kernels.query_gradient(q, k, v, y.to(dtype), dy, logsumexp, scale)
     error = ((found.double() - expected).norm() / expected.norm()).item()
     assert error < (1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, heads", [(1, 3), (3, 20), (300, 1)])
+def test_attention_over_the_cache(dtype, rows, heads):
+    """In one part for many rows and in several for few; more heads than a program has."""
+    C, R, length = 32, 16, 70
+    q, past = torch.randn(rows, heads, C + R, dtype=dtype), torch.randn(rows, length, C + R)
+    past, positions = past.to(dtype), torch.randint(0, length, (rows, 1))
+    positions[0] = 0 if rows > 1 else length - 1
+    beyond = torch.arange(length) > positions
+    expected = model.attend_cache(q.float(), past.float(), positions, C, 0.3)
+    past[beyond] = torch.nan  # what a row has not seen is not read
+    found = kernels.attend_cache(q, past, positions, C, 0.3)
+    close(found, expected.to(dtype), dtype)
 
 
 def test_widths_that_are_two_powers_of_two():
