@@ -16,6 +16,7 @@ from checkpoint import build_model
 from fast import compiled_blocks
 from fast.loss import cross_entropy, token_losses
 from files import read_json
+from lora import add_lora, lora_parameters
 from model import Block, ModelConfig, checkpointed
 from select_experts import collect_scores
 from train import train
@@ -89,6 +90,43 @@ def test_compiled_layers_give_the_gradients_in_as_few_graphs_as_there_are_kinds_
     assert graphs.frame_count == 4
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [3, 8])
+def test_compiled_layers_with_lora_are_one_graph_for_all_with_experts(graphs, rank, checkpointing):
+    config, (compiled,) = random_models(1)
+    exact = build_model(config, dtype=torch.float32)
+    put_tensors(exact, dict(compiled.named_parameters()))
+    tokens = torch.randint(0, config.vocab_size, (4, 96))
+    for model in (exact, compiled):
+        add_lora(model, rank, 2.0)
+        generator = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            for p in lora_parameters(model).values():
+                p.copy_(torch.empty(p.shape).normal_(std=0.05, generator=generator).bfloat16())
+    options = {"checkpointing": checkpointing}
+    expected = gradients(exact, tokens, **options)
+    found = gradients(compiled, tokens, compiled=True, **options)
+    # Of a layer: four Linears of attention, and three of the dense layer or of shared experts, have
+    # an A and a B of their own; its experts have four stacks.
+    assert expected.keys() == found.keys() and len(found) == 2 + 6 * 2 * (4 + 3) + 5 * 4
+    errors = {n: (found[n].float() - value).norm() for n, value in expected.items()}
+    assert all(error <= 0.6 * expected[name].norm() for name, error in errors.items()), errors
+    norm = sum(value.norm() ** 2 for value in expected.values()).sqrt()
+    assert sum(error**2 for error in errors.values()).sqrt() < 0.04 * norm
+    assert graphs.frame_count == 2  # dense, with experts
+    gradients(compiled, tokens + 0, compiled=True, **options)
+    assert graphs.frame_count == 2
+
+
+def test_compiled_lora_over_trained_experts_is_refused(graphs):
+    config, (model,) = random_models(1)
+    add_lora(model, 8, 2.0)
+    model.model.layers[3].mlp.experts[2].requires_grad_(True)
+    tokens = torch.randint(0, config.vocab_size, (2, 40))
+    with pytest.raises(Exception, match='needs experts "loop"'):
+        gradients(model, tokens, compiled=True)
+
+
 def test_compiled_scores_are_the_scores(graphs, monkeypatch):
     config, (model,) = random_models(1)
     batches = [(torch.randint(0, config.vocab_size, (2, 48)), torch.tensor([48, 20]))]
@@ -103,12 +141,14 @@ def test_compiled_scores_are_the_scores(graphs, monkeypatch):
             assert found[name][layer] == pytest.approx(values, abs=0.01)
 
 
+@pytest.mark.parametrize("method", ["esft", "lora"])
 def test_a_compiled_run_has_the_losses_of_a_plain_one(
-    graphs, checkpoint, chat_file, tmp_path, capsys
+    method, graphs, checkpoint, chat_file, tmp_path, capsys
 ):
     losses = {}
     for compiled in (False, True):
         changes = dict(dtype="bfloat16", compile=compiled, steps=3, save_steps=3, eval_steps=3)
+        changes["method"] = method
         result = train(settings(checkpoint, chat_file, tmp_path / str(compiled), **changes))
         losses[compiled] = result["best_validation_loss"]
         assert bool(graphs.frame_count) == compiled
@@ -123,7 +163,6 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
         ({"dtype": "float32"}, "dtype float32, since"),
         ({"experts": "loop"}, "experts loop, which"),
         ({"document_mask": True}, "document_mask, which"),
-        ({"method": "lora"}, "method lora, which"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_and_left_out_by_itself(changes, message):

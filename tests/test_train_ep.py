@@ -109,7 +109,7 @@ METHODS = {
     "shared": {"shared_experts": True, "gradient_checkpointing": True},
     "non_expert": {"non_expert_modules": True, "score": "gate"},
     "full": {"method": "full", "gradient_checkpointing": True},
-    "lora": {"method": "lora", "batch_size": 20},
+    "lora": {"method": "lora", "batch_size": 20, "lora_rank": 3},
     "loop": {"experts": "loop", "gradient_accumulation_steps": 2},
     "mean": {"validation_fraction": 0.0, "aux_loss_alpha": 0.0, "document_mask": True},
 }
@@ -351,6 +351,34 @@ def test_a_run_goes_on_with_another_number_of_ranks(bases, chats, tmp_path):
         files = [tmp_path / run / name for run in ("whole", "parts")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("optimizer_device", ["", "cpu"])
+def test_lora_of_stacked_experts_goes_on_with_another_number_of_ranks(
+    bases, chats, tmp_path, optimizer_device
+):
+    """Begun on two ranks, each with a stack of its experts, and ended by one process. The
+    checkpoint has the names of the experts' own matrices, in their shapes."""
+
+    def config(output: str) -> dict:
+        changes = {"method": "lora", "lora_rank": 3, "optimizer_device": optimizer_device}
+        return keys(bases["deepseek_v2"], chats, tmp_path / output, save_steps=1, **changes)
+
+    train(TrainConfig(**config("alone")))
+    begun = {"name": "begun", "ep_size": 2, "config": config("run"), "signal": {"1": 3}}
+    run_on_ranks(2, tmp_path, cases=[begun])
+    assert errors(tmp_path, "begun", 2)[0].startswith("KeyboardInterrupt: SIGTERM after step 3")
+    saved = {}
+    for path in (tmp_path / "run/checkpoints/step-000003").glob("optimizer*.safetensors"):
+        saved |= load_file(path)
+    adapter = load_file(tmp_path / "alone/adapter/adapter_model.safetensors")
+    names = {name.removeprefix("base_model.model."): t.shape for name, t in adapter.items()}
+    kinds = "master", "exp_avg", "exp_avg_sq"
+    assert {n: t.shape for n, t in saved.items()} == {
+        f"{kind}.{name}": shape for kind in kinds for name, shape in names.items()
+    }
+    train(TrainConfig(**config("run")))
+    assert_same(tmp_path / "alone", tmp_path / "run", {}, [])
 
 
 def test_what_differs_or_fails_on_one_rank_is_refused_on_all(bases, chats, tmp_path):

@@ -140,8 +140,6 @@ def no_compilation(config: TrainConfig) -> str:
         return "experts loop, which waits for each expert's number of tokens"
     if config.document_mask:
         return "document_mask, which makes other shapes in every step"
-    if config.method == "lora":
-        return "method lora, which has parameters of its own in each expert"
     return ""
 
 

@@ -40,7 +40,8 @@ def print_start(
     """Prints what is trained, and on how much data. `trained` are parameters of inputs.whole, to
     which LoRA's matrices were added."""
     counts: dict[str, list[int]] = {}
-    for name, p in inputs.whole.named_parameters():
+    parameters = {n: p for n, p in inputs.whole.named_parameters() if ".lora_" not in n} | trained
+    for name, p in parameters.items():
         kind = next(kind for part, kind in KINDS.items() if part in name)
         count = counts.setdefault(kind, [0, 0])
         count[0] += p.numel()
