@@ -73,7 +73,9 @@ class StackedExperts(nn.ModuleList):
         linears = [tuple(self[e].children()) for e in self.expert_at]
         self.parameters_at = [tuple(m.weight for m in each) for each in linears]
         scalings = [[getattr(m, "lora_scaling", 0.0) for m in each] for each in linears]
-        self.lora_scalings = torch.tensor(scalings, device=self.down.device)  # (E, 3), see lora.py
+        self.lora_scalings = torch.tensor(
+            scalings, device=self.down.device
+        )  # (E, 3), for fast/lora.py
 
     def _apply(self, fn, recurse=True):
         """Moves the stacks for .to() and .cuda(), and makes the parameters views of them again."""

@@ -77,14 +77,15 @@ def experts_with_lora(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> 
     Raises ValueError if the experts' own weights want a gradient, too."""
     experts = moe.experts
     # Compiled code must not look at the parameters: each layer would need a graph of its own.
-    if experts.trained if torch.compiler.is_compiling() else trained_prefix(experts):
+    trained = experts.trained if torch.compiler.is_compiling() else trained_prefix(experts)
+    if trained:
         raise ValueError('LoRA over experts that are trained, too, needs experts "loop"')
     slots = sort_by_expert(experts.place_of[indices], len(experts.expert_at))
     scalings = experts.lora_scalings
-    gate_up = experts.gate_up, experts.lora_gate_up_A
-    gate_up = *gate_up, scaled_blocks(experts.lora_gate_up_B, scalings[:, :2])
-    down = experts.down, experts.lora_down_A, scaled_blocks(experts.lora_down_B, scalings[:, 2:])
-    return GroupedLora.apply(x, weights, *slots, experts.activation, *gate_up, *down)
+    B1 = scaled_blocks(experts.lora_gate_up_B, scalings[:, :2])
+    B2 = scaled_blocks(experts.lora_down_B, scalings[:, 2:])
+    gate_up, down = (experts.gate_up, experts.lora_gate_up_A), (experts.down, experts.lora_down_A)
+    return GroupedLora.apply(x, weights, *slots, experts.activation, *gate_up, B1, *down, B2)
 
 
 def scaled_blocks(B: Tensor, scalings: Tensor) -> Tensor:
@@ -138,5 +139,4 @@ def grouped_lora(
     return grouped_mm(x, W, ends).add_(grouped_mm(low, second, ends)), low
 
 
-# What may be compiled, or captured.
-FAST = (*GROUPED, experts_with_lora)
+FAST = (*GROUPED, experts_with_lora)  # what may be compiled, or captured

@@ -336,7 +336,7 @@ def loop_packed(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor
     return UnpackAgain.apply(y, moe.experts)
 
 
-GROUPED = (experts_grouped, grouped_packed)  # what may be compiled, or captured
+GROUPED = (experts_grouped, grouped_packed)
 
 
 def quantize(model: Transformer, kind: str) -> None:
