@@ -14,12 +14,11 @@ from adapter import mark_trainable, put_tensors
 from benchmarks.v2_lite import V2_LITE
 from checkpoint import build_model
 from fast import compiled_blocks
-from fast.experts import trained_stacks
 from fast.lora import experts_with_lora
 from fast.loss import cross_entropy, token_losses
 from files import read_json
 from lora import add_lora, lora_parameters
-from model import Block, ModelConfig, checkpointed
+from model import Block, Cache, ModelConfig, checkpointed
 from select_experts import collect_scores
 from train import train
 from training import config as training_config
@@ -53,6 +52,14 @@ def random_models(count: int = 2, **changes):
     for other in models[1:]:
         put_tensors(other, dict(models[0].named_parameters()))
     return config, models
+
+
+def add_random_lora(model, rank: int) -> None:
+    add_lora(model, rank, 2.0)
+    generator = torch.Generator().manual_seed(rank)
+    with torch.no_grad():
+        for p in lora_parameters(model).values():
+            p.copy_(torch.empty(p.shape).normal_(std=0.05, generator=generator).bfloat16())
 
 
 def gradients(model, tokens, compiled=False, checkpointing=False) -> dict[str, torch.Tensor]:
@@ -99,11 +106,7 @@ def test_compiled_layers_with_lora_are_one_graph_for_all_with_experts(graphs, ra
     put_tensors(exact, dict(compiled.named_parameters()))
     tokens = torch.randint(0, config.vocab_size, (4, 96))
     for model in (exact, compiled):
-        add_lora(model, rank, 2.0)
-        generator = torch.Generator().manual_seed(rank)
-        with torch.no_grad():
-            for p in lora_parameters(model).values():
-                p.copy_(torch.empty(p.shape).normal_(std=0.05, generator=generator).bfloat16())
+        add_random_lora(model, rank)
     options = {"checkpointing": checkpointing}
     expected = gradients(exact, tokens, **options)
     found = gradients(compiled, tokens, compiled=True, **options)
@@ -119,16 +122,35 @@ def test_compiled_layers_with_lora_are_one_graph_for_all_with_experts(graphs, ra
     assert graphs.frame_count == 2
 
 
-def test_compiled_lora_over_trained_experts_is_refused():
+def test_compiled_decoding_with_lora_gives_the_logits_of_a_whole_pass(graphs):
+    config, (model,) = random_models(1)
+    add_random_lora(model, 3)
+    tokens = torch.randint(0, config.vocab_size, (2, 10))
+    with torch.no_grad():
+        whole = model(tokens)
+        cache = Cache.empty(config, rows=2, length=10, like=whole)
+        model(tokens[:, :8], cache)
+        for at in (8, 9):
+            step = {"cache": cache, "run_block": compiled_blocks(model, tokens=2)}
+            states, _ = model.hidden_states(tokens[:, at : at + 1], **step)
+            error = (model.lm_head(states)[:, 0] - whole[:, at]).abs().max()
+            assert error < 0.03 * whole.abs().max()
+    assert graphs.frame_count == 2
+
+
+def test_compiled_lora_over_trained_experts_is_refused(monkeypatch):
     _, (model,) = random_models(1)
     add_lora(model, 8, 2.0)
-    moe = model.model.layers[3].mlp
-    moe.experts[2].requires_grad_(True)
-    moe.experts.trained = trained_stacks(moe.experts)  # as `compiled_blocks` does
+    block = model.model.layers[3]
+    block.mlp.experts[2].requires_grad_(True)
+    # Without attention, so that it takes no time.
+    compiled = torch.compile(
+        lambda block, *args: experts_with_lora(block.mlp, *args), backend="eager"
+    )
+    monkeypatch.setattr("fast.compiled.compiled_block", lambda tuned: compiled)
     x = torch.randn(4, 64, dtype=torch.bfloat16)
-    run = torch.compile(experts_with_lora, backend="eager")
     with pytest.raises(ValueError, match='needs experts "loop"'):
-        run(moe, x, torch.rand(4, 2), torch.tensor([[0, 1]] * 4))
+        compiled_blocks(model)(block, x, torch.rand(4, 2), torch.tensor([[0, 1]] * 4))
 
 
 def test_compiled_scores_are_the_scores(graphs, monkeypatch):

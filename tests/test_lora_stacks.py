@@ -10,6 +10,7 @@ from test_model import small_config
 from benchmarks.v2_lite import V2_LITE
 from checkpoint import build_model, load_model
 from data import Rows
+from fast.decoding import can_be_captured
 from fast.device import meta_as_gpu
 from lora import add_lora, lora_parameters, remove_lora, whole
 from model import ModelConfig
@@ -139,3 +140,18 @@ def test_removing_takes_the_stacks_off_and_lora_can_be_added_again(checkpoint):
     assert torch.equal(model(TOKENS), first)
     part = lora_parameters(model)["model.layers.2.mlp.experts.0.gate_proj.lora_B.weight"]
     assert part_like(part, whole(part)).data_ptr() == part.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "options, captured",
+    [
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float32}, False),  # grouped products are a loop, which waits for the GPU
+        ({"dtype": torch.bfloat16, "experts": "loop"}, False),
+    ],
+)
+def test_which_decoding_steps_can_be_captured(options, captured, checkpoint):
+    model = with_lora(checkpoint, **options)
+    assert can_be_captured(model, rows=2) is captured
+    remove_lora(model)
+    assert can_be_captured(model, rows=2) is ("experts" not in options)
