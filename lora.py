@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.experts import StackedExperts, experts_grouped
-from fast.lora import experts_with_lora, stack_lora, unstack_lora
+from fast.lora import experts_with_lora, stack_lora
 from fast.packed import PackedExperts
 from model import Gate, LatentAttention, MoE, Transformer
 
@@ -119,7 +119,8 @@ def remove_lora(model: Transformer) -> None:
         elif isinstance(module, LatentAttention):
             vars(module).pop("up_projection", None)
         elif isinstance(module, StackedExperts):
-            unstack_lora(module)
+            for name, _ in list(module.named_parameters(recurse=False)):  # LoRA's stacks
+                delattr(module, name)
     for module in adaptable(model).values():
         if not hasattr(module, "lora_A"):
             continue

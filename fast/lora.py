@@ -1,9 +1,11 @@
 """LoRA of the experts of a layer, by grouped products. All A lie side by side in one parameter and
 all B in another, as the experts' weights do: for gate and up together, and for down.
 
-Dimensions as in fast/experts.py; R is the rank, rounded up to a multiple of 8, because grouped
-products on a GPU need strides of 16 bytes. What it adds is zero, and stays zero in training."""
+Dimensions as in fast/experts.py; R is the highest rank, rounded up to a multiple of 8, because
+grouped products on a GPU need strides of 16 bytes. What fills a stack up is zero, and stays zero in
+training."""
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -46,30 +48,22 @@ class Part(NamedTuple):
 def stack_lora(experts: StackedExperts, ranks: dict[nn.Linear, int]) -> None:
     """Gives the experts frozen stacks, all zero: lora_gate_up_A (E, 2R, D), lora_gate_up_B
     (E, 2I, R), lora_down_A (E, R, I), lora_down_B (E, D, R). lora_A and lora_B of the Linears in
-    `ranks` become parts of them."""
+    `ranks` become parts of them. The Linears must have their lora_scaling."""
+    R = -(-max(ranks.values()) // 8) * 8
     for kind, names in PARTS.items():
-        weights = getattr(experts, kind)  # (E, height of all `names`, width)
-        linears = [
-            (e, i, getattr(experts[e], n)) for e in experts.expert_at for i, n in enumerate(names)
-        ]
-        R = -(-max([1, *(ranks.get(linear, 0) for _, _, linear in linears)]) // 8) * 8
-        A, B = f"lora_{kind}_A", f"lora_{kind}_B"
-        values = weights.new_zeros(len(weights), len(names) * R, weights.shape[2])
-        experts.register_parameter(A, nn.Parameter(values, requires_grad=False))
-        values = weights.new_zeros(*weights.shape[:2], R)
-        experts.register_parameter(B, nn.Parameter(values, requires_grad=False))
-        for e, i, linear in linears:
-            if linear in ranks:
-                rank, height = ranks[linear], linear.out_features
+        weights, A, B = getattr(experts, kind), f"lora_{kind}_A", f"lora_{kind}_B"
+        E, height, width = weights.shape
+        for stack, shape in ((A, (E, len(names) * R, width)), (B, (E, height, R))):
+            values = nn.Parameter(weights.new_zeros(shape), requires_grad=False)
+            experts.register_parameter(stack, values)
+        height //= len(names)
+        for (i, name), e in product(enumerate(names), experts.expert_at):
+            linear = getattr(experts[e], name)
+            if rank := ranks.get(linear):
                 rows = slice(i * R, i * R + rank), slice(i * height, (i + 1) * height)
                 linear.lora_A = Part(experts, A, e, rows[0], slice(None))
                 linear.lora_B = Part(experts, B, e, rows[1], slice(rank))
     experts.index_places()  # puts the scalings side by side
-
-
-def unstack_lora(experts: StackedExperts) -> None:
-    for name, _ in list(experts.named_parameters(recurse=False)):
-        delattr(experts, name)
 
 
 def experts_with_lora(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
