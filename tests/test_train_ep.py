@@ -209,10 +209,11 @@ def test_a_run_on_ranks_equals_one_process(runs, name, ranks, ep_size):
         assert parts[0] and not any(parts[1:])
 
 
-def test_compiled_layers_end_at_the_exchange(bases, chats, tmp_path):
+@pytest.mark.parametrize("method", [{"non_expert_modules": True}, {"method": "lora"}])
+def test_compiled_layers_end_at_the_exchange(method, bases, chats, tmp_path):
     """In bfloat16, as layers are not compiled in float32: first gradients are as near to those of
     one process in float32 as the uncompiled ones are."""
-    changes = {"dtype": "bfloat16", "steps": 2, "eval_steps": 2, "non_expert_modules": True}
+    changes = {"dtype": "bfloat16", "steps": 2, "eval_steps": 2, **method}
     cases = [
         {
             "name": f"{compiled}.{saving}",
