@@ -1,5 +1,6 @@
-"""A and B of a layer's experts lie in four stacks: how many parameters the optimizer has, what fills
-the stacks up, how their parts move, and that files do not know of them. Results: test_lora.py."""
+"""A and B of a layer's experts lie in four stacks: how many parameters the optimizer has, what
+fills the stacks up, how their parts move, and that files do not know of them. Results:
+test_lora.py."""
 
 import pytest
 import torch

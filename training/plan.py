@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
 from adapter import everything, read_expert_cfg
@@ -85,7 +85,7 @@ def plan_rank(
 def plan_model(
     config: TrainConfig,
     model: Transformer,
-    trained: dict[str, nn.Parameter],
+    trained: dict[str, Tensor],
     ranks: SingleProcess,
     compute_gradients: Callable,
 ) -> dict:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from data import first_sample
 from files import read_json, replacing, write_text
@@ -34,7 +34,7 @@ def print_start(
     config: TrainConfig,
     inputs: Inputs,
     expert_cfg: dict | None,
-    trained: dict[str, nn.Parameter],
+    trained: dict[str, Tensor],
     step: int,
 ) -> None:
     """Prints what is trained, and on how much data. `trained` are parameters of inputs.whole, to
