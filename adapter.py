@@ -15,7 +15,7 @@ from checkpoint import local_directory
 from fast import StackedExperts
 from fast.packed import PackedExperts
 from files import read_json, replacing, write_json
-from lora import attach_lora, remove_lora
+from lora import attach_lora, lora_parameters, remove_lora
 from model import ModelConfig, Transformer
 from peft_format import StoredLora, check_base, read_lora, selected_tensors
 from stored_tensors import StoredTensor
@@ -161,7 +161,7 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
         else:
             kept = list(stored)
             hold_exactly(model, kept)
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters()) | lora_parameters(model)
         model.replaced = {name: parameters[name].detach().to("cpu", copy=True) for name in kept}
         with torch.no_grad():
             for name, tensor in stored.items():

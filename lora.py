@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fast.experts import experts_grouped
-from fast.lora import experts_with_lora
+from fast.experts import StackedExperts, experts_grouped
+from fast.lora import experts_with_lora, stack_lora
 from fast.packed import PackedExperts
 from model import Gate, LatentAttention, MoE, Transformer
 
@@ -52,32 +52,35 @@ def router_logits_with_lora(gate: Gate, router_logits: Callable, x: Tensor, weig
 
 
 def attach_lora(model: Transformer, updates: dict[str, Update]) -> None:
-    """Gives the Linears and routers of these names an uninitialised, frozen A and B. Raises
+    """Gives the Linears and routers of these names a frozen A and B, not yet filled. Raises
     ValueError for experts that rest packed."""
     if any(isinstance(module, PackedExperts) for module in model.modules()):
         raise ValueError("LoRA cannot be over quantised experts; it needs quantize empty")
-    for name, module in adaptable(model).items():
-        if name not in updates:
-            continue
-        rank, module.lora_scaling = updates[name]
+    carriers = {m: updates[name] for name, m in adaptable(model).items() if name in updates}
+    for module, update in carriers.items():
+        module.lora_scaling = update.scaling
+        if isinstance(module, Gate):
+            module.router_logits = partial(router_logits_with_lora, module, module.router_logits)
+        else:
+            module.lora_hook = module.register_forward_hook(add_lora_product)
+    for moe in model.modules():
+        if isinstance(moe, MoE) and isinstance(moe.experts, StackedExperts):
+            linears = carriers.keys() & set(moe.experts.modules())
+            if linears:
+                stack_lora(moe.experts, {linear: carriers.pop(linear).rank for linear in linears})
+                if moe.run_experts is experts_grouped:
+                    moe.run_experts = experts_with_lora
+    for module, (rank, _) in carriers.items():  # outside of stacks
         out_features, in_features = module.weight.shape
-        sizes = (("lora_A", in_features, rank), ("lora_B", rank, out_features))
-        for half, width, height in sizes:
+        for half, width, height in (("lora_A", in_features, rank), ("lora_B", rank, out_features)):
             # On the meta device: its own start would draw from torch's global generator.
             product = nn.Linear(width, height, bias=False, device="meta")
             values = module.weight.new_empty(height, width)
             product.weight = nn.Parameter(values, requires_grad=False)
             module.add_module(half, product)
-        if isinstance(module, Gate):
-            module.router_logits = partial(router_logits_with_lora, module, module.router_logits)
-        else:
-            module.lora_hook = module.register_forward_hook(add_lora_product)
     for module in model.modules():
         if isinstance(module, LatentAttention) and hasattr(module.kv_b_proj, "lora_A"):
             module.up_projection = partial(weight_with_lora, module.kv_b_proj)
-        elif isinstance(module, MoE) and module.run_experts is experts_grouped:
-            if any(hasattr(m, "lora_A") for m in module.experts.modules()):
-                module.run_experts = experts_with_lora
 
 
 def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> None:
@@ -96,7 +99,7 @@ def add_lora(model: Transformer, rank: int, scaling: float, seed: int = 0) -> No
     model.requires_grad_(False)
     attach_lora(model, dict.fromkeys(linears(model), Update(rank, scaling)))
     for name, parameter in lora_parameters(model).items():
-        parameter.requires_grad_(True)
+        whole(parameter).requires_grad_(True)
         if parameter.is_meta:
             continue
         start = torch.zeros(parameter.shape)
@@ -115,6 +118,9 @@ def remove_lora(model: Transformer) -> None:
             module.run_experts = experts_grouped
         elif isinstance(module, LatentAttention):
             vars(module).pop("up_projection", None)
+        elif isinstance(module, StackedExperts):
+            for name, _ in list(module.named_parameters(recurse=False)):  # LoRA's stacks
+                delattr(module, name)
     for module in adaptable(model).values():
         if not hasattr(module, "lora_A"):
             continue
@@ -126,7 +132,18 @@ def remove_lora(model: Transformer) -> None:
         del module.lora_A, module.lora_B, module.lora_scaling
 
 
-def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """Returns name -> parameter of every A and B, in the model's order, with names like
-    model.layers.0.self_attn.q_proj.lora_A.weight."""
-    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+def lora_parameters(model: Transformer) -> dict[str, Tensor]:
+    """Returns name -> A or B of every Linear and router, in the model's order, with names like
+    model.layers.0.self_attn.q_proj.lora_A.weight. Where experts lie side by side, so do their A and
+    B: these tensors are views of a parameter, see `whole`."""
+    return {
+        f"{name}.{half}.weight": getattr(module, half).weight
+        for name, module in adaptable(model).items()
+        if hasattr(module, "lora_A")
+        for half in ("lora_A", "lora_B")
+    }
+
+
+def whole(parameter: Tensor) -> nn.Parameter:
+    """Returns the parameter that a tensor is, or is a view of."""
+    return parameter if parameter._base is None else parameter._base

@@ -32,7 +32,7 @@ def save_lora(
     carriers = {name: m for name, m in adaptable(model).items() if hasattr(m, "lora_A")}
     if not carriers:
         raise ValueError("the model carries no LoRA; there is nothing to save")
-    updates = {Update(m.lora_A.out_features, m.lora_scaling) for m in carriers.values()}
+    updates = {Update(len(m.lora_A.weight), m.lora_scaling) for m in carriers.values()}
     if len(updates) > 1:
         raise ValueError(
             "the model's LoRA has several ranks or scalings; only one of each is saved"

@@ -88,6 +88,7 @@ class StoredTensor:
             step = max(step // (4 * self.block[0]), 1) * self.block[0]  # float32 is 4 times FP8
             scale = self.read_scale().to(target.device)
         in_place = target.dtype == DTYPES[self.dtype] and target.device.type == "cpu"
+        in_place = in_place and target.is_contiguous()
         for first in range(0, rows, step):
             shape = (min(step, rows - first), *self.shape[1:])
             stored = self.part(first * width, shape)

@@ -168,7 +168,7 @@ class Job:
     optimizer: MasterAdamW
 
     def save_adapter(self) -> None:
-        tensors, path = self.ranks.gather(self.optimizer.parameters), self.output.file("adapter")
+        tensors, path = self.ranks.gather(self.optimizer.trained), self.output.file("adapter")
         if self.config.method == "lora":
             self.ranks.on_first(save_lora, self.model, path, tensors)
         else:

@@ -284,7 +284,7 @@ class ExpertParallel(ManyProcesses):
                     gathered[name] = torch.empty(shape, dtype=dtype)
                     dist.recv(gathered[name], rank)
                 elif self.rank == rank:
-                    dist.send(mine[name].detach().cpu(), 0)
+                    dist.send(mine[name].detach().cpu().contiguous(), 0)
         return gathered if self.rank == 0 else None
 
 

@@ -155,8 +155,8 @@ def print_conditions(device: str) -> dict:
     return made
 
 
-def transformers_model(model: Transformer, fields: dict, device: str):
-    """transformers' model with our weights, in bfloat16."""
+def empty_transformers(fields: dict, device: str):
+    """transformers' model with uninitialised weights, in bfloat16."""
     import transformers
 
     with torch.device("meta"):
@@ -166,6 +166,14 @@ def transformers_model(model: Transformer, fields: dict, device: str):
             )
         )
     theirs = theirs.to(torch.bfloat16).to_empty(device=device).eval()
+    # to_empty left the tables of the rotary positions uninitialised.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
+    return theirs
+
+
+def transformers_model(model: Transformer, fields: dict, device: str):
+    """transformers' model with our weights, in bfloat16."""
+    theirs = empty_transformers(fields, device)
     own = model.state_dict()
     for layer, block in enumerate(model.model.layers):
         if model.config.is_moe(layer):
@@ -175,8 +183,6 @@ def transformers_model(model: Transformer, fields: dict, device: str):
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(own[name])
-    # to_empty left the tables of the rotary positions uninitialised.
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
     if device == "cuda":
         theirs.set_experts_implementation("grouped_mm")
     return theirs
@@ -252,6 +258,8 @@ SETTINGS = [
     ("esft", 1, False, False, False, "grouped"),
     ("esft", 4, True, False, False, "grouped"),
     ("esft", 4, True, False, False, "loop"),
+    ("lora", 1, False, False, True, "grouped"),
+    ("lora", 4, True, False, True, "grouped"),
     ("lora", 1, False, False, False, "grouped"),
 ]
 

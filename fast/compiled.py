@@ -7,7 +7,8 @@ import torch
 
 from fast.attention import Documents
 from fast.experts import trained_prefix, trained_stacks
-from fast.packed import GROUPED, PackedExperts, UnpackAgain
+from fast.lora import FAST
+from fast.packed import PackedExperts, UnpackAgain
 from model import Block, MoE, RunBlock, Transformer
 
 
@@ -26,7 +27,7 @@ def compiled_blocks(model: Transformer, tokens: int | None = None) -> RunBlock:
     """Returns a `run_block` that runs compiled blocks. In training make a new one for each forward
     pass, since it knows which experts are trained now. `tokens` is how many a decoding step has."""
     moes = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
-    stacked = {moe: moe.experts for moe in moes if moe.run_experts in GROUPED}
+    stacked = {moe: moe.experts for moe in moes if moe.run_experts in FAST}
     whole = {moe: experts for moe, experts in stacked.items() if experts.is_whole}
     # One length for all layers, so that one graph serves all.
     length = max(map(trained_prefix, whole.values()), default=0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from fast.device import FEW_TOKENS
-from fast.lora import experts_with_lora
+from fast.lora import FAST
 from fast.packed import GROUPED
 from model import MoE, Transformer
 
@@ -19,8 +19,7 @@ PART_OF_MEMORY = 0.9  # of what is free; the rest is for gaps, and for kernels t
 def can_be_captured(model: Transformer, rows: int) -> bool:
     """Returns whether no layer waits for the GPU in a step of `rows` tokens."""
     moes = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
-    fast = (*GROUPED, experts_with_lora)
-    if any(moe.run_experts not in fast or not moe.experts.is_whole for moe in moes):
+    if any(moe.run_experts not in FAST or not moe.experts.is_whole for moe in moes):
         return False
     few = rows <= FEW_TOKENS and all(moe.run_experts in GROUPED for moe in moes)
     return few or model.lm_head.weight.dtype == torch.bfloat16  # else grouped_mm is a loop

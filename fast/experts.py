@@ -58,9 +58,9 @@ class StackedExperts(nn.ModuleList):
             views = ((expert.gate_proj, gate), (expert.up_proj, up))
             for linear, view in (*views, (expert.down_proj, self.down[place])):
                 linear.weight = nn.Parameter(view, requires_grad=linear.weight.requires_grad)
-        self._index_places()
+        self.index_places()
 
-    def _index_places(self) -> None:
+    def index_places(self) -> None:
         places = [0] * len(
             self
         )  # 0 also for an expert held elsewhere: none of its slots comes here
@@ -68,16 +68,18 @@ class StackedExperts(nn.ModuleList):
             places[e] = place
         self.place_of = torch.tensor(places, device=self.down.device)
         # Kept, because asking modules in every step is slow; gate_proj, up_proj, down_proj.
-        self.parameters_at = [tuple(m.weight for m in self[e].children()) for e in self.expert_at]
+        linears = [tuple(self[e].children()) for e in self.expert_at]
+        self.parameters_at = [tuple(m.weight for m in each) for each in linears]
+        scalings = [[getattr(m, "lora_scaling", 0.0) for m in each] for each in linears]
+        self.lora_scalings = torch.tensor(
+            scalings, device=self.down.device
+        )  # (E, 3), for fast/lora.py
 
     def _apply(self, fn, recurse=True):
         """Moves the stacks for .to() and .cuda(), and makes the parameters views of them again."""
         self.gate_up, self.down = fn(self.gate_up), fn(self.down)
         self._view_stacks()
-        for linear in (linear for expert in self for linear in expert.children()):
-            for child in linear.children():  # LoRA's matrices are no part of the stacks
-                child._apply(fn)
-        return self
+        return super()._apply(fn, recurse=False)  # LoRA's stacks are parameters
 
     @torch.no_grad()
     def put_first(self, experts: list[int]) -> None:
@@ -92,13 +94,13 @@ class StackedExperts(nn.ModuleList):
             self.expert_at[place], self.expert_at[other] = e, self.expert_at[place]
         moved = [i for i, e in enumerate(self.expert_at) if before[i] != e]
         sources = [before.index(self.expert_at[i]) for i in moved]
-        for stack in (self.gate_up, self.down):
+        for stack in (self.gate_up, self.down, *self.parameters(recurse=False)):
             stack[moved] = stack[sources]
         for i in moved:
             expert = self[self.expert_at[i]]
             expert.gate_proj.weight.data, expert.up_proj.weight.data = self.gate_up[i].chunk(2)
             expert.down_proj.weight.data = self.down[i]
-        self._index_places()
+        self.index_places()
 
 
 class TrainedStack(torch.autograd.Function):

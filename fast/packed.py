@@ -219,7 +219,7 @@ class PackedExperts(StackedExperts):
             for linear, view in zip(self[e].children(), views):
                 trained = place < count and linear.weight.requires_grad
                 linear.weight = nn.Parameter(view, requires_grad=trained)
-        self._index_places()
+        self.index_places()
         # Kept, because making views in every step is slow. `.data`: for autograd the stacks do not
         # change after a layer saved them. It is right: when it reads them, they hold its weights.
         stacks = [stack.data for stack in self.stacks]
@@ -336,7 +336,7 @@ def loop_packed(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor
     return UnpackAgain.apply(y, moe.experts)
 
 
-GROUPED = (experts_grouped, grouped_packed)  # what may be compiled, or captured
+GROUPED = (experts_grouped, grouped_packed)
 
 
 def quantize(model: Transformer, kind: str) -> None:

@@ -37,12 +37,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 from safetensors.torch import save_file
 
+from lora import lora_parameters, whole
 from processes import SingleProcess
 from stored_tensors import write_tensors
 from train import train
 from train_ep import ExpertParallel
 from training import directory
 from training.config import TrainConfig
+from training.optimizer import part_like, wholes
 from training.stopping import ENDINGS
 
 
@@ -53,13 +55,21 @@ class Recording:
     recorded: dict | None = None
     steps, signal_in = 0, None
 
+    def split(self, model):
+        super().split(model)
+        self.model = model
+
     def reduce(self, gradients):
         self.steps += 1
         if self.steps == self.signal_in:
             os.kill(os.getpid(), signal.SIGTERM)
         norm = super().reduce(gradients)
         if self.recorded is None:
-            self.recorded = {name: g.clone() for name, g in gradients.items()}
+            lora = lora_parameters(self.model)  # views of the parameters that have gradients
+            of = {p: gradients[name] for name, p in wholes(lora).items()}
+            parts = {name: part_like(view, of[whole(view)]) for name, view in lora.items()}
+            others = {name: g for name, g in gradients.items() if name not in lora}
+            self.recorded = {name: g.clone() for name, g in (parts | others).items()}
         return norm
 
 

@@ -64,6 +64,7 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
 
 BENCHMARKS = [
     "v2_lite.py",
+    "lora.py --steps 1",
     "scoring.py",
     "growth.py",
     "agreement.py",

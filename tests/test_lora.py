@@ -41,11 +41,12 @@ from adapter import (
 from benchmarks.v2_lite import V2_LITE
 from checkpoint import build_model, load_model, read_config
 from fast.lora import experts_with_lora
-from lora import add_lora, linears, lora_parameters, remove_lora
+from lora import add_lora, linears, lora_parameters, remove_lora, whole
 from merge import merge
 from model import Cache, ModelConfig, Transformer, experts_loop
 from peft_format import save_lora
 from stored_tensors import StoredTensor
+from training.optimizer import part_like
 
 TOKENS = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(0))
 RANK, SCALING = 3, 1.5
@@ -103,10 +104,16 @@ def assert_close(ours: torch.Tensor, expected: torch.Tensor, what: str = "") -> 
     assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max(), what
 
 
+def lora_gradients(model: Transformer) -> dict[str, torch.Tensor]:
+    """Those of each A and B; where these are parts of stacks, parts of the stacks' gradients."""
+    parameters = lora_parameters(model)
+    return {name: part_like(p, whole(p).grad) for name, p in parameters.items()}
+
+
 def gradients(model: Transformer) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(TOKENS).square().mean().backward()
-    return {name: p.grad for name, p in lora_parameters(model).items()}
+    return lora_gradients(model)
 
 
 # ------------------------------------------------------------------------------------------
@@ -207,7 +214,8 @@ def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(checkpoint):
     assert torch.equal(torch.random.get_rng_state(), state)  # no draw from the global generator
     assert (model(TOKENS) - before).abs().max() < 1e-5
     parameters = lora_parameters(model)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == parameters.keys()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert set(trained) == {whole(p) for p in parameters.values()}
     assert len(parameters) == 2 * len(linears(model))
     assert not any("lm_head" in n or "embed" in n or ".gate." in n for n in parameters)
     for name, p in parameters.items():
@@ -265,7 +273,7 @@ def test_loop_and_grouped_agree(carriers, checkpoint, tmp_path):
         write_lora(tmp_path, kept, target_modules=targets)
         load_adapter(model, tmp_path)
         for parameter in lora_parameters(model).values():
-            parameter.requires_grad_(True)
+            whole(parameter).requires_grad_(True)
     moe = model.model.layers[1].mlp
     moe.experts.put_first([6, 2])  # as an adapter that was trained before leaves them
     x = torch.randn(20, model.config.hidden_size)
@@ -278,13 +286,22 @@ def test_loop_and_grouped_agree(carriers, checkpoint, tmp_path):
         inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
         y = path(moe, *inputs, indices)
         y.sin().sum().backward()
-        grads = [p.grad for n, p in moe.experts.named_parameters() if ".lora_" in n]
-        results.append([y, inputs[0].grad, inputs[1].grad, *grads])
-        assert len(grads) == (2 * 3 * 8 if carriers == "all" else 2 * 3)
+        stacks = [p.grad.clone() for p in moe.experts.parameters() if p.requires_grad]
+        results.append([y, inputs[0].grad, inputs[1].grad, *stacks])
+        assert len(stacks) == 4
+        # Zero for what only fills up the stacks: ranks to 8, experts without LoRA.
+        filled = [p for n, p in lora_parameters(model).items() if ".layers.1.mlp.experts." in n]
+        assert len(filled) == (2 * 3 * 8 if carriers == "all" else 2 * 3)
+        for p in filled:
+            part_like(p, whole(p).grad).zero_()
+        assert not any(p.grad.any() for p in moe.experts.parameters() if p.requires_grad)
     for specified, ours in zip(*results, strict=True):
         assert (ours - specified).abs().max() <= 1e-5 * specified.abs().max()
-    if carriers == "all":
-        assert (moe.experts[6].up_proj.lora_B.weight.grad == 0).all()
+    seen = {0, 1, 2, 3, 4} if carriers == "all" else {4}
+    A, B = results[1][-2:]  # of down_proj
+    for gradient in (A, B):
+        places = gradient.flatten(1).any(1).nonzero()[:, 0].tolist()
+        assert {moe.experts.expert_at[place] for place in places} == seen
 
 
 def test_trained_experts_under_lora_need_the_loop(checkpoint):

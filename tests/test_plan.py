@@ -18,8 +18,8 @@ from model import ModelConfig
 from processes import SingleProcess
 from train import compute_gradients, main, train
 from train_ep import Rehearsal, plan_ranks
-from training import report as reporting
 from training import plan as planning
+from training import report as reporting
 from training.config import TrainConfig
 from training.exchange import exchange_lines, step_flops
 from training.optimizer import MasterAdamW, mark_trained

@@ -110,7 +110,7 @@ METHODS = {
     "shared": {"shared_experts": True, "gradient_checkpointing": True},
     "non_expert": {"non_expert_modules": True, "score": "gate"},
     "full": {"method": "full", "gradient_checkpointing": True},
-    "lora": {"method": "lora", "batch_size": 20},
+    "lora": {"method": "lora", "batch_size": 20, "lora_rank": 3},
     "loop": {"experts": "loop", "gradient_accumulation_steps": 2},
     "mean": {"validation_fraction": 0.0, "aux_loss_alpha": 0.0, "document_mask": True},
 }
@@ -214,10 +214,11 @@ def test_a_run_on_ranks_equals_one_process(runs, name, ranks, ep_size):
         assert parts[0] and not any(parts[1:])
 
 
-def test_compiled_layers_end_at_the_exchange(bases, chats, tmp_path):
+@pytest.mark.parametrize("method", [{"non_expert_modules": True}, {"method": "lora"}])
+def test_compiled_layers_end_at_the_exchange(method, bases, chats, tmp_path):
     """In bfloat16, as layers are not compiled in float32: first gradients are as near to those of
     one process in float32 as the uncompiled ones are."""
-    changes = {"dtype": "bfloat16", "steps": 2, "eval_steps": 2, "non_expert_modules": True}
+    changes = {"dtype": "bfloat16", "steps": 2, "eval_steps": 2, **method}
     cases = [
         {
             "name": f"{compiled}.{saving}",
@@ -385,6 +386,34 @@ def test_ranks_write_checkpoints_at_their_own_speed(bases, chats, tmp_path):
     assert said.startswith("OSError: rank 1: ") and "optimizer-1.safetensors" in said
     assert said.endswith("no step was saved yet; the same command goes on")
     assert len(metrics(tmp_path / "full")) < 20  # seen before the next checkpoint
+
+
+@pytest.mark.parametrize("optimizer_device", ["", "cpu"])
+def test_lora_of_stacked_experts_goes_on_with_another_number_of_ranks(
+    bases, chats, tmp_path, optimizer_device
+):
+    """Begun on two ranks, each with a stack of its experts, and ended by one process. The
+    checkpoint has the names of the experts' own matrices, in their shapes."""
+
+    def config(output: str) -> dict:
+        changes = {"method": "lora", "lora_rank": 3, "optimizer_device": optimizer_device}
+        return keys(bases["deepseek_v2"], chats, tmp_path / output, save_steps=1, **changes)
+
+    train(TrainConfig(**config("alone")))
+    begun = {"name": "begun", "ep_size": 2, "config": config("run"), "signal": {"1": 3}}
+    run_on_ranks(2, tmp_path, cases=[begun])
+    assert errors(tmp_path, "begun", 2)[0].startswith("KeyboardInterrupt: SIGTERM after step 3")
+    saved = {}
+    for path in (tmp_path / "run/checkpoints/step-000003").glob("optimizer*.safetensors"):
+        saved |= load_file(path)
+    adapter = load_file(tmp_path / "alone/adapter/adapter_model.safetensors")
+    names = {name.removeprefix("base_model.model."): t.shape for name, t in adapter.items()}
+    kinds = "master", "exp_avg", "exp_avg_sq"
+    assert {n: t.shape for n, t in saved.items()} == {
+        f"{kind}.{name}": shape for kind in kinds for name, shape in names.items()
+    }
+    train(TrainConfig(**config("run")))
+    assert_same(tmp_path / "alone", tmp_path / "run", {}, [])
 
 
 def test_what_differs_or_fails_on_one_rank_is_refused_on_all(bases, chats, tmp_path):

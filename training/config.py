@@ -148,8 +148,6 @@ def no_compilation(config: TrainConfig) -> str:
         return "experts loop, which waits for each expert's number of tokens"
     if config.document_mask and not config.device.startswith("cuda"):
         return "document_mask on a CPU, where torch's FlexAttention has no backward"
-    if config.method == "lora":
-        return "method lora, which has parameters of its own in each expert"
     return ""
 
 

@@ -320,7 +320,7 @@ def read_optimizer(
             for name in file.keys():
                 parameter = name.partition(".")[2]
                 held.add(parameter)
-                if parameter in optimizer.masters:
+                if parameter in optimizer.trained:
                     tensors[name] = file.get_tensor(name)
     if held != set(trained):
         changed = f"{directory.parents[1]}/expert_cfg.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainConfig
-from training.optimizer import MasterAdamW
+from training.optimizer import MasterAdamW, wholes
 
 GROUP = 2**25  # elements, at most, of parameters whose gradients are summed together
 UNDER_WAY = 2**26  # elements of gradients that wait on the device, while the host may go on
@@ -28,10 +28,10 @@ class HostAdamW(MasterAdamW):
     while the device goes on, the group's sums so far come to the device, get the gradients, and go
     back. So the sums take none of the host's cores, which have to keep the device busy."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig):
-        self.groups = groups_of(parameters)
+    def __init__(self, trained: dict[str, Tensor], config: TrainConfig):
+        self.groups = groups_of(wholes(trained))
         self.device, self.on_gpu = config.device, config.device.startswith("cuda")
-        super().__init__(parameters, config)
+        super().__init__(trained, config)
         for number, group in enumerate(self.groups):
             for name, p in group.items():
                 p.register_post_accumulate_grad_hook(partial(self.take, number, name))
@@ -124,10 +124,10 @@ class HostAdamW(MasterAdamW):
             torch.cuda.synchronize(self.device)
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> MasterAdamW:
-    """Returns the optimizer that rests where the config says."""
+def make_optimizer(trained: dict[str, Tensor], config: TrainConfig) -> MasterAdamW:
+    """Returns the optimizer, of what `mark_trained` returned, that rests where the config says."""
     kind = HostAdamW if config.optimizer_device else MasterAdamW
-    return kind(parameters, config)
+    return kind(trained, config)
 
 
 def groups_of(parameters: Group) -> list[Group]:
@@ -155,20 +155,20 @@ def add_to(total: Tensor, group: Group, gradients: dict[str, Tensor]) -> None:
 # Memory
 
 
-def host_bytes(parameters: Group) -> int:
+def host_bytes(trained: dict[str, Tensor]) -> int:
     """Returns the bytes of two moments, and of masters and sums of gradients, each in float32.
     torch takes pinned memory by powers of two."""
-    sizes = [sum(p.numel() for p in group.values()) for group in groups_of(parameters)]
+    sizes = [sum(p.numel() for p in group.values()) for group in groups_of(wholes(trained))]
     return 8 * sum(sizes) + 8 * sum(2 ** math.ceil(math.log2(size)) for size in sizes)
 
 
-def check_host_memory(parameters: dict[str, nn.Parameter], config: TrainConfig) -> None:
+def check_host_memory(trained: dict[str, Tensor], config: TrainConfig) -> None:
     """Raises ValueError if this host has too little memory for the optimizer. All ranks must be
     asked before one of them allocates."""
     if not config.optimizer_device:
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need, left = ranks * host_bytes(parameters), available_bytes()
+    need, left = ranks * host_bytes(trained), available_bytes()
     if need > left:
         of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
         needed = (

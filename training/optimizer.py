@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from adapter import mark_trainable, trained_parameters
-from lora import add_lora, lora_parameters
+from lora import add_lora, lora_parameters, whole
 from model import Transformer
 from training.config import TrainConfig
 
 
 def mark_trained(
     config: TrainConfig, model: Transformer, expert_cfg: dict | None
-) -> dict[str, nn.Parameter]:
+) -> dict[str, Tensor]:
     """Freezes all but what the method trains, and returns that by name. For lora, adds its
-    matrices; `expert_cfg` is None then."""
+    matrices, of which some are views of parameters; `expert_cfg` is None then."""
     if config.method == "lora":
         add_lora(model, config.lora_rank, config.lora_scaling, config.seed)
         return lora_parameters(model)
@@ -25,12 +25,33 @@ def mark_trained(
     return trained_parameters(model, expert_cfg)
 
 
+def wholes(trained: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Returns the parameters that `mark_trained` returned, or views of. One with several views goes
+    by the name of the first."""
+    names: dict[nn.Parameter, str] = {}
+    for name, tensor in trained.items():
+        names.setdefault(whole(tensor), name)
+    return {name: p for p, name in names.items()}
+
+
+def part_like(view: Tensor, tensor: Tensor) -> Tensor:
+    """Returns that part of a tensor of the shape of `whole(view)` which `view` is of that."""
+    base = whole(view)
+    if base is view:
+        return tensor
+    offset = tensor.storage_offset() + view.storage_offset() - base.storage_offset()
+    return tensor.as_strided(view.shape, view.stride(), offset)
+
+
 class MasterAdamW:
     """AdamW on float32 copies of the trained parameters, the masters. bfloat16 numbers near 0.02
-    lie 1.2e-4 apart: a step of 1e-5 would be rounded away."""
+    lie 1.2e-4 apart: a step of 1e-5 would be rounded away.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig):
-        self.parameters = parameters
+    Files have the names of `trained`, so views of one parameter (lora.py) stand there apart."""
+
+    def __init__(self, trained: dict[str, Tensor], config: TrainConfig):
+        self.trained, self.parameters = trained, wholes(trained)
+        self.names = {p: name for name, p in self.parameters.items()}
         self.max_grad_norm = config.max_grad_norm
         self.masters = self.make_masters()
         matrices = [m for m in self.masters.values() if m.ndim > 1]
@@ -94,31 +115,34 @@ class MasterAdamW:
         if self.masters:
             torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
 
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """Returns master and moments of what `trained` has under that name."""
+        view = self.trained[name]
+        master = self.masters[self.names[whole(view)]]
+        moments = {kind: self.adamw.state[master][kind] for kind in ("exp_avg", "exp_avg_sq")}
+        return {k: part_like(view, t) for k, t in {"master": master, **moments}.items()}
+
     def state(self, saves: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Returns masters and moments by name, of the parameters that `saves` names. The next step
-        changes them."""
-        tensors = {}
-        for name, master in self.masters.items():
-            if saves(name):
-                moments = self.adamw.state[master]
-                tensors[f"master.{name}"] = master
-                tensors[f"exp_avg.{name}"] = moments["exp_avg"]
-                tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-        return tensors
+        """Returns masters and moments by name, of what `saves` names. The next step changes them."""
+        return {
+            f"{kind}.{name}": tensor.contiguous()
+            for name in filter(saves, self.trained)
+            for kind, tensor in self.tensors_of(name).items()
+        }
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Puts what `state` returned in place, after step `step`."""
-        for name, master in self.masters.items():
-            master.copy_(tensors[f"master.{name}"])
-            self.parameters[name].copy_(master)
-            device = master.device
+        for master in self.masters.values():
             self.adamw.state[master] = {
-                "step": torch.tensor(float(step), device=device),
-                # Copied: on a CPU these are the checkpoint's file, mapped.
-                "exp_avg": tensors[f"exp_avg.{name}"].to(device, copy=True),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(device, copy=True),
+                "step": torch.tensor(float(step), device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
             }
+        for name in self.trained:
+            for kind, tensor in self.tensors_of(name).items():
+                tensor.copy_(tensors[f"{kind}.{name}"])
+        self.copy_masters()
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
 from adapter import everything, read_expert_cfg
@@ -73,7 +73,7 @@ def selection_of_this_run(config: TrainConfig) -> Path | None:
 
 def model_of_rank(
     config: TrainConfig, model_config: ModelConfig, expert_cfg: dict | None, ranks: SingleProcess
-) -> tuple[Transformer, dict[str, nn.Parameter]]:
+) -> tuple[Transformer, dict[str, Tensor]]:
     """Returns a rank's model without data, and its trained parameters."""
     dtype = getattr(torch, config.dtype)
     model = build_model(model_config, "meta", dtype, config.experts, ranks.split, config.quantize)
@@ -83,7 +83,7 @@ def model_of_rank(
 def peak_of_step(
     config: TrainConfig,
     model: Transformer,
-    trained: dict[str, nn.Parameter],
+    trained: dict[str, Tensor],
     ranks: SingleProcess,
     compute_gradients: Callable,
 ) -> Callable[[int], int]:
@@ -100,7 +100,7 @@ def peak_of_step(
 
 
 def held_bytes(
-    config: TrainConfig, model: Transformer, trained: dict[str, nn.Parameter]
+    config: TrainConfig, model: Transformer, trained: dict[str, Tensor]
 ) -> dict[str, int]:
     """Returns the bytes that the device holds between steps."""
     count = 0 if config.optimizer_device else sum(p.numel() for p in trained.values())

@@ -76,7 +76,7 @@ class Allocations(TorchDispatchMode):
 def step_bytes(
     config: TrainConfig,
     model: Transformer,
-    trained: dict[str, nn.Parameter],
+    trained: dict[str, Tensor],
     ranks: SingleProcess,
     compute_gradients: Callable,
 ) -> int:

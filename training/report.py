@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from data import first_sample
 from files import read_json, replacing, write_text
@@ -34,13 +34,14 @@ def print_start(
     config: TrainConfig,
     inputs: Inputs,
     expert_cfg: dict | None,
-    trained: dict[str, nn.Parameter],
+    trained: dict[str, Tensor],
     step: int,
 ) -> None:
     """Prints what is trained, and on how much data. `trained` are parameters of inputs.whole, to
     which LoRA's matrices were added."""
     counts: dict[str, list[int]] = {}
-    for name, p in inputs.whole.named_parameters():
+    parameters = {n: p for n, p in inputs.whole.named_parameters() if ".lora_" not in n} | trained
+    for name, p in parameters.items():
         kind = next(kind for part, kind in KINDS.items() if part in name)
         count = counts.setdefault(kind, [0, 0])
         count[0] += p.numel()
