@@ -123,7 +123,8 @@ class MasterAdamW:
         return {k: part_like(view, t) for k, t in {"master": master, **moments}.items()}
 
     def state(self, saves: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Returns masters and moments by name, of what `saves` names. The next step changes them."""
+        """Returns masters and moments by name, of what `saves` names. The next step changes
+        them."""
         return {
             f"{kind}.{name}": tensor.contiguous()
             for name in filter(saves, self.trained)
