@@ -58,10 +58,13 @@ def generate_each(
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is last
     longest = len(prompts[waiting[-1]])
     length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
-    most = batch_size or rows_at_once(model, longest, length, PREFILL_TOKENS)
+    on_gpu = model.lm_head.weight.is_cuda
+    most = batch_size or 64
+    if on_gpu and not batch_size:
+        most = rows_at_once(model, longest, length, PREFILL_TOKENS)
     rounds = -(-len(prompts) // most)
     rows = -(-len(prompts) // rounds)  # of answers of one length, the last round is full, too
-    compiled = compiling_pays(model, rows, rounds * max_new_tokens)
+    compiled = on_gpu and compiling_pays(model, rows, rounds * max_new_tokens)
     if compiled:
         print("decoding: the step is compiled first, for 10 to 60 seconds", flush=True)
     decoder = Decoder(model, rows, length, max_new_tokens, eos_ids, compiled)

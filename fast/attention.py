@@ -142,5 +142,6 @@ def attend(
 def attend_cache(q: Tensor, past: Tensor, positions: Tensor, C: int, scale: float) -> Tensor:
     """What `model.attend_cache` returns."""
     powers = all(n >= 16 and n & (n - 1) == 0 for n in (C, q.shape[-1] - C))
-    one = kernels if q.is_cuda and has_kernels(q) and powers else model
-    return one.attend_cache(q, past, positions, C, scale)
+    # With few rows the cache is small beside the weights, and the compiler has the faster kernels.
+    serves = len(q) >= 32 and powers and q.is_cuda and has_kernels(q)
+    return (kernels if serves else model).attend_cache(q, past, positions, C, scale)

@@ -29,9 +29,9 @@ def rows_at_once(model: Transformer, longest: int, length: int, pass_tokens: int
     """Returns how many prompts of up to `longest` tokens the memory of a GPU allows to decode
     together, with caches of `length` tokens and `pass_tokens` in a pass of prompts. It is a power
     of two, so that a little more or less of free memory does not change it, and with it rounding.
-    It is 64 where a step is no CUDA graph: on a CPU, or over ranks, which must agree."""
+    It is 64 where a step is no CUDA graph, as over ranks, which must agree."""
     device = model.lm_head.weight.device
-    if device.type != "cuda" or not can_be_captured(model, MOST_ROWS):
+    if not can_be_captured(model, MOST_ROWS):
         return 64
     torch.cuda.empty_cache()  # what torch holds without need counts as free
     free, total = torch.cuda.mem_get_info(device)
@@ -49,8 +49,9 @@ def decoding_bytes(
     """Returns an upper bound of what decoding in bfloat16 allocates; see `rows_at_once`."""
     c, heads = model.config, model.model.layers[0].self_attn.o_proj.in_features
     K, cached = c.num_experts_per_tok, 2 * c.num_hidden_layers * c.cache_width
-    # Of a token: the experts' products, the sum over experts or attention, whichever needs most.
-    layer = max(24 * K * c.moe_intermediate_size, 8 * K * c.hidden_size, 24 * heads)
+    # Of a token: the experts' products and what is around them, or attention.
+    experts = 6 * K * c.moe_intermediate_size + (2 * K + 14) * c.hidden_size
+    layer = max(experts, 24 * heads)
     step = layer + 14 * c.num_attention_heads * length + 4 * c.vocab_size  # scores and logits
     prompts = min(rows * longest, max(pass_tokens, longest)) * (cached + layer)
     return rows * (length * cached + 2 * step) + prompts  # 2: a graph has memory of its own
@@ -58,7 +59,7 @@ def decoding_bytes(
 
 def compiling_pays(model: Transformer, rows: int, steps: int) -> bool:
     """Returns whether the model is large enough, and `steps` are enough, to compile the step."""
-    large = sum(p.numel() for p in model.parameters()) > 1e9 and model.lm_head.weight.is_cuda
+    large = sum(p.numel() for p in model.parameters()) > 1e9
     return large and steps >= COMPILED_STEPS and can_be_captured(model, rows)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +44,26 @@ def fused_attention(q, k, v, mask=None, **_) -> Tensor:
     """Stands in for `scaled_dot_product_attention`. A TorchFunctionMode would not reach the layers
     that backward runs again."""
     return FlashAttention.apply(q, k, v)
+
+
+class FusedNorm(torch.autograd.Function):
+    """Needs the memory of a GPU's RMSNorm: its input and one number a token. On the meta device
+    torch would keep the input in float32, too."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def fused_norm(x, shape, weight, eps) -> Tensor:
+    """Stands in for `rms_norm`."""
+    return FusedNorm.apply(x, weight)
 
 
 class Allocations(TorchDispatchMode):
@@ -127,5 +148,6 @@ def as_on_device(config: TrainConfig) -> Iterator[None]:
     with (
         meta_as_gpu(like_gpu),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
+        mock.patch.object(nn.functional, "rms_norm", fused_norm if like_gpu else F.rms_norm),
     ):
         yield
