@@ -102,7 +102,9 @@ def measure(case: list, tiny: bool, steps: int, rows: int) -> dict:
         "weights_gib": gib(sum(x.untyped_storage().nbytes() for x in memory(model))),
         "peak_gib": round(peak, 2),
         "reserved_gib": gib(reserved),
-        "planned_gib": round(planned(config, model.config), 2),
+        "planned_gib": round(
+            planned(config, model.config)(model.config.num_hidden_layers) / 2**30, 2
+        ),
     }
 
 

@@ -1,7 +1,7 @@
 """Training steps of the DeepSeek-V2-Lite shape: tokens per second beside transformers, and peak
 memory beside what `train.py --plan` says.
 
-    python benchmarks/v2_lite.py           # a GPU with 141 GB
+    python benchmarks/v2_lite.py           # a GPU with 80 GB
     python benchmarks/v2_lite.py --tiny    # on a CPU, in seconds: the same, not compiled
 
 Random bfloat16 weights; ESFT trains 124 experts (as many as the published selection for intent:
@@ -9,18 +9,21 @@ Random bfloat16 weights; ESFT trains 124 experts (as many as the published selec
 step: gradients, norm, clipping, AdamW on float32 masters, all of it in both columns. transformers,
 which cannot train single experts, is timed without an optimizer: forward and backward with experts
 by grouped_mm, gradients for all experts, of which a user would keep some; the rest is frozen.
-Whether a step of ours has the same bits when it is taken again, and with and without gradient
-checkpointing, is compared, too. Prints its conditions, a table, and one JSON line."""
+"layers again" is how many layers run again in backward; where the setting is auto, as few as fit.
+Settings with the same bits print hashes of the gradients: of two passes, and with other layers that
+run again. Prints its conditions, a table, and one JSON line."""
 
 import argparse
 import datetime
 import gc
+import hashlib
 import json
 import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from itertools import product
@@ -39,10 +42,12 @@ from lora import remove_lora  # noqa: E402
 from model import ModelConfig, MoE, Transformer, experts_loop  # noqa: E402
 from processes import SingleProcess  # noqa: E402
 from train import be_deterministic, compute_gradients  # noqa: E402
+from training.cards import OVERHEAD, fewest_layers  # noqa: E402
+from training.checkpointing import memory_of_process  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.host_optimizer import make_optimizer  # noqa: E402
 from training.optimizer import mark_trained  # noqa: E402
-from training.plan import plan_rank  # noqa: E402
+from training.plan import model_of_rank, peak_of_step  # noqa: E402
 
 V2_LITE = dict(
     model_type="deepseek_v2",
@@ -202,14 +207,17 @@ def peak_gib(device: str) -> float:
 class Measured:
     """The training steps of one setting, on one model."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, ranks=SingleProcess()):
+    def __init__(
+        self, model: Transformer, config: TrainConfig, ranks=SingleProcess(), documents: int = 1
+    ):
         self.model, self.config, self.ranks = model, config, ranks
         self.cfg = published_numbers(model.config) if config.method == "esft" else None
         self.parameters = mark_trained(config, model, self.cfg)
         self.optimizer = make_optimizer(self.parameters, config)
         shape = config.batch_size, config.seq_length
         tokens = torch.randint(0, model.config.vocab_size, shape)
-        self.rows = Rows(tokens, tokens, torch.zeros_like(tokens))
+        begins = torch.rand(shape) < (documents - 1) / config.seq_length
+        self.rows = Rows(tokens, tokens, begins.long().cumsum(1))
 
     def gradients(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The gradients and their norm."""
@@ -224,48 +232,47 @@ class Measured:
         self.optimizer.clip(norm)
         self.optimizer.step(1e-5)
 
-    def same_bits(self) -> dict[str, bool]:
-        """Whether a second pass gives the gradients of the first, with the same checkpointing and
-        with the other."""
-        first = {name: g.clone() for name, g in self.gradients()[0].items()}
-        same = {}
-        for name in ("again", "checkpointing"):
+    def same_bits(self) -> dict[str, str]:
+        """Hashes of the gradients: of a pass, of another one, and with other layers that run again
+        in backward."""
+        asked, hashes = self.config.gradient_checkpointing, {}
+        for what, layers in (("once", asked), ("again", asked), ("7 layers", 7), ("all", True)):
+            self.config = replace(self.config, gradient_checkpointing=max(layers, int(asked)))
+            digest = hashlib.sha256()
+            for gradient in self.gradients()[0].values():
+                digest.update(gradient.cpu().numpy().tobytes())
+            hashes[what] = digest.hexdigest()[:12]
             self.optimizer.adamw.zero_grad()
-            if name == "checkpointing":
-                flipped = not self.config.gradient_checkpointing
-                self.config = replace(self.config, gradient_checkpointing=flipped)
-            same[name] = all(torch.equal(first[n], g) for n, g in self.gradients()[0].items())
-        self.optimizer.adamw.zero_grad()
-        return same
+        return hashes
 
 
-def planned(config: TrainConfig, model_config: ModelConfig) -> float:
-    """GiB that --plan gives for a setting."""
+def planned(config: TrainConfig, model_config: ModelConfig) -> Callable[[int], int]:
+    """What --plan gives for a setting: layers that run again in backward -> bytes."""
     cfg = published_numbers(model_config) if config.method == "esft" else None
-    need = plan_rank(config, model_config, cfg, SingleProcess(), compute_gradients)
-    return need["peak", config.gradient_checkpointing] / 2**30
+    alone = SingleProcess()
+    model, trained = model_of_rank(config, model_config, cfg, alone)
+    return peak_of_step(config, model, trained, alone, compute_gradients)
 
 
-# method, rows, checkpointing, deterministic, compiled, experts
+# method, rows, checkpointing, deterministic, compiled, experts, documents in a row (1: no mask)
 SETTINGS = [
-    ("esft", 1, False, False, True, "grouped"),
-    ("esft", 4, False, False, True, "grouped"),
-    ("esft", 8, False, False, True, "grouped"),
-    ("esft", 1, True, False, True, "grouped"),
+    ("esft", 1, "auto", False, True, "grouped"),
+    ("esft", 4, "auto", False, True, "grouped"),
+    ("esft", 8, "auto", False, True, "grouped"),
     ("esft", 4, True, False, True, "grouped"),
-    ("esft", 1, False, True, True, "grouped"),
-    ("esft", 4, False, True, True, "grouped"),
-    ("esft", 1, False, False, False, "grouped"),
+    ("esft", 1, "auto", True, True, "grouped"),
+    ("esft", 4, "auto", True, True, "grouped"),
+    ("esft", 4, "auto", False, True, "grouped", 32),
+    ("esft", 4, "auto", True, True, "grouped", 32),
+    ("esft", 1, "auto", False, False, "grouped"),
     ("esft", 4, True, False, False, "grouped"),
     ("esft", 4, True, False, False, "loop"),
-    ("lora", 1, False, False, True, "grouped"),
     ("lora", 4, True, False, True, "grouped"),
-    ("lora", 1, False, False, False, "grouped"),
 ]
 
 
 def measure(model: Transformer, setting: tuple, device: str, length: int, steps: int) -> dict:
-    method, rows, checkpointing, deterministic, compiled, experts = setting
+    method, rows, checkpointing, deterministic, compiled, experts, *documents = setting
     be_deterministic(deterministic)
     use_experts(model, experts)
     config = TrainConfig(
@@ -279,10 +286,16 @@ def measure(model: Transformer, setting: tuple, device: str, length: int, steps:
         dtype="bfloat16",
         compile=compiled,
         experts=experts,
+        document_mask=bool(documents),
     )
     empty_memory(device)
+    peak, count = planned(config, model.config), model.config.num_hidden_layers
+    layers = config.gradient_checkpointing
+    if layers == "auto":
+        layers = fewest_layers(peak, count, memory_of_process(device, model) - OVERHEAD)
+    config.gradient_checkpointing = layers = count if layers is True else int(layers)
     start = time.perf_counter()
-    measured = Measured(model, config)
+    measured = Measured(model, config, documents=documents[0] if documents else 1)
     measured.step()
     synchronise(device)
     first = time.perf_counter() - start
@@ -291,7 +304,8 @@ def measure(model: Transformer, setting: tuple, device: str, length: int, steps:
         "who": "ours",
         "method": method,
         "rows": rows,
-        "checkpointing": checkpointing,
+        "checkpointing": layers,
+        "documents": documents[0] if documents else None,
         "deterministic": deterministic,
         "compiled": compiled,
         "experts": experts,
@@ -299,7 +313,7 @@ def measure(model: Transformer, setting: tuple, device: str, length: int, steps:
         "tokens_per_second": round(rows * length / seconds),
         "first_step_s": round(first, 1),
         "peak_gib": round(peak_gib(device), 2),
-        "planned_gib": round(planned(config, model.config), 2),
+        "planned_gib": round(peak(layers) / 2**30, 2),
         "trained": sum(p.numel() for p in measured.parameters.values()),
         "same_bits": measured.same_bits() if deterministic else {},
     }
@@ -331,7 +345,7 @@ def measure_transformers(
         "who": "transformers",
         "method": "all experts",
         "rows": rows,
-        "checkpointing": checkpointing,
+        "checkpointing": theirs.config.num_hidden_layers if checkpointing else 0,
         "ms": round(seconds * 1e3, 1),
         "tokens_per_second": round(rows * length / seconds),
         "peak_gib": round(peak_gib(device) - beside / 2**30, 2),
@@ -350,7 +364,7 @@ def main() -> None:
     made = print_conditions(device)
     print(f"bfloat16, rows of {length} tokens, medians of {args.steps} steps after 2 of burn-in")
     print(
-        f"{'who':<12} {'method':<11} {'rows':>4} {'saved by':>13} {'bits':>5} {'blocks':>8} "
+        f"{'who':<12} {'method':<11} {'rows':>4} {'layers again':>13} {'bits':>5} {'blocks':>8} "
         f"{'experts':>7} {'ms':>8} {'tokens/s':>9} {'first s':>7} {'peak GiB':>8} {'planned':>7}"
     )
     results = []
@@ -358,7 +372,7 @@ def main() -> None:
     def show(row: dict) -> None:
         results.append(row)
         words = (
-            "checkpointing" if row["checkpointing"] else "",
+            row["checkpointing"] or "",
             "same" if row.get("deterministic") else "",
             "compiled" if row.get("compiled") else "",
         )
@@ -366,7 +380,8 @@ def main() -> None:
             f"{row['who']:<12} {row['method']:<11} {row['rows']:>4} {words[0]:>13} {words[1]:>5} "
             f"{words[2]:>8} {row.get('experts', ''):>7} {row['ms']:>8} "
             f"{row['tokens_per_second']:>9,} {row.get('first_step_s', ''):>7} "
-            f"{row['peak_gib']:>8} {row.get('planned_gib', ''):>7}  {row.get('same_bits') or ''}",
+            f"{row['peak_gib']:>8} {row.get('planned_gib', ''):>7}  {row.get('same_bits') or ''}"
+            f"{'' if not row.get('documents') else 'document_mask'}",
             flush=True,
         )
 
