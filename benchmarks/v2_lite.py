@@ -179,15 +179,17 @@ def empty_transformers(fields: dict, device: str):
 def transformers_model(model: Transformer, fields: dict, device: str):
     """transformers' model with our weights, in bfloat16."""
     theirs = empty_transformers(fields, device)
-    own = model.state_dict()
-    for layer, block in enumerate(model.model.layers):
-        if model.config.is_moe(layer):
-            prefix, experts = f"model.layers.{layer}.mlp.experts.", block.mlp.experts
-            own[f"{prefix}gate_up_proj"] = experts.gate_up[experts.place_of]
-            own[f"{prefix}down_proj"] = experts.down[experts.place_of]
+    own = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            parameter.copy_(own[name])
+            if name in own:
+                parameter.copy_(own[name])
+                continue
+            of, _, kind = name.rpartition(".")  # gate_up_proj or down_proj of all experts
+            experts = model.get_submodule(of)
+            stack = experts.gate_up if kind == "gate_up_proj" else experts.down
+            for e, place in enumerate(experts.place_of.tolist()):  # without a copy of the stack
+                parameter[e] = stack[place]
     if device == "cuda":
         theirs.set_experts_implementation("grouped_mm")
     return theirs

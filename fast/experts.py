@@ -250,8 +250,11 @@ def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     `order` sorts slots by index, ties by token. Slot s belongs to token s // K."""
     # int16 suffices (checkpoint.py), and a GPU sorts it in half the time.
     experts, order = indices.flatten().to(torch.int16).sort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
+    if has_kernels(order):
+        inverse = kernels.invert(order)
+    else:
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
     ids = torch.arange(n_experts, dtype=torch.int16, device=order.device)
     return order, inverse, torch.searchsorted(experts, ids, right=True).int()
 

@@ -86,6 +86,22 @@ def swiglu_backward(h: Tensor, weight: Tensor, dact: Tensor) -> tuple[Tensor, Te
 
 
 @jit
+def _invert(ORDER, INVERSE, S, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    order = tl.load(ORDER + places, mask=places < S, other=0)
+    tl.store(INVERSE + order, places.to(tl.int64), mask=places < S)
+
+
+def invert(order: Tensor) -> Tensor:
+    """Returns the inverse of a permutation (S,). Setting by index would sort the indices first,
+    where the same bits are asked for."""
+    inverse = torch.empty_like(order)
+    if not order.is_meta:
+        _invert[(triton.cdiv(len(order), 1024),)](order, inverse, len(order), BLOCK=1024)
+    return inverse
+
+
+@jit
 def _take_rows(X, INDEX, OUT, COUNT, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     first, columns = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, BLOCK)
     end = tl.load(COUNT)

@@ -56,6 +56,12 @@ def test_only_the_first_rows_are_computed(monkeypatch, count):
         assert (found[count:] == -7).all()
 
 
+@pytest.mark.parametrize("size", [1, 1024, 2500])
+def test_the_inverse_of_a_permutation(size):
+    order = torch.randperm(size)
+    assert torch.equal(kernels.invert(order), order.argsort())
+
+
 @DTYPES
 def test_the_sum_of_a_token_s_slots(dtype):
     indices = torch.stack([torch.randperm(16)[:6] for _ in range(11)])  # some experts get none
