@@ -97,8 +97,9 @@ class SameBitsAttention(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def on_hopper(device: torch.device) -> bool:
-    """Whether cuDNN has a backward for heads of DeepSeek's widths."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether this is a Hopper or a Blackwell of a data centre: cuDNN has a backward for heads of
+    DeepSeek's widths there, and a program the shared memory that our kernel needs."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def has_same_bits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -106,6 +107,8 @@ def has_same_bits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     widths = two_powers(q.shape[-1]) and v.shape[-1] in (16, 32, 64, 128, 256)
     suits = widths and q.shape[2] == k.shape[2] and q.dtype in (torch.bfloat16, torch.float16)
     suits = suits and q.shape[1] > 1  # cuDNN wants more than one token
+    # The kernel counts the numbers of a row in 32 bits.
+    suits = suits and q.shape[1] * max(x.stride(1) for x in (q, k, v)) < 2**31
     return bool(suits) and q.is_cuda and has_kernels(q) and on_hopper(q.device)
 
 

@@ -22,6 +22,22 @@ except ImportError:  # torch's build for a CPU brings none
 jit = triton.jit if triton else lambda function: function
 
 
+def next_power(size: int) -> int:
+    """Returns the smallest power of two from `size` on: a block of Triton has such a size."""
+    return 1 << (size - 1).bit_length()
+
+
+def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, **options) -> None:
+    """Runs `grid` programs of a kernel on the device of `like`."""
+    if like.is_meta:
+        return
+    if torch.compiler.is_compiling():  # compiled code is on its own device already
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, **options)
+
+
 # ------------------------------------------------------------------------------------------
 # Experts: a program computes ROWS slots, one after another
 
@@ -49,9 +65,8 @@ def swiglu(h: Tensor, weight: Tensor, count: Tensor | None = None) -> Tensor:
     """Equals `fast.experts.swiglu`."""
     S, I = len(h), h.shape[1] // 2
     act = h.new_empty(S, I)
-    if not h.is_meta:
-        sizes = {"I": I, "ROWS": ROWS, "BLOCK": triton.next_power_of_2(I)}
-        _swiglu[(triton.cdiv(S, ROWS),)](h, weight, act, count, S, **sizes)
+    sizes = {"I": I, "ROWS": ROWS, "BLOCK": next_power(I)}
+    launch(_swiglu, (-(-S // ROWS),), h, h, weight, act, count, S, **sizes)
     return act
 
 
@@ -79,9 +94,8 @@ def swiglu_backward(h: Tensor, weight: Tensor, dact: Tensor) -> tuple[Tensor, Te
     """Equals `fast.experts.swiglu_backward`."""
     S, I = dact.shape
     dh, dweight = torch.empty_like(h), h.new_empty(S, dtype=torch.float32)
-    if not h.is_meta:
-        sizes = {"I": I, "ROWS": ROWS, "BLOCK": triton.next_power_of_2(I)}
-        _swiglu_backward[(triton.cdiv(S, ROWS),)](h, weight, dact, dh, dweight, S, **sizes)
+    sizes = {"I": I, "ROWS": ROWS, "BLOCK": next_power(I)}
+    launch(_swiglu_backward, (-(-S // ROWS),), h, h, weight, dact, dh, dweight, S, **sizes)
     return dh, dweight
 
 
@@ -96,8 +110,8 @@ def invert(order: Tensor) -> Tensor:
     """Returns the inverse of a permutation (S,). Setting by index would sort the indices first,
     where the same bits are asked for."""
     inverse = torch.empty_like(order)
-    if not order.is_meta:
-        _invert[(triton.cdiv(len(order), 1024),)](order, inverse, len(order), BLOCK=1024)
+    S = len(order)
+    launch(_invert, (-(-S // 1024),), order, order, inverse, S, BLOCK=1024)
     return inverse
 
 
@@ -118,9 +132,8 @@ def take_rows(x: Tensor, index: Tensor, count: Tensor) -> Tensor:
     """Equals x[index] (S, D) in the first `count` (1,) rows. The others are not written."""
     S, D = len(index), x.shape[1]
     out = x.new_empty(S, D)
-    if not x.is_meta:
-        sizes = {"D": D, "ROWS": ROWS, "BLOCK": triton.next_power_of_2(D)}
-        _take_rows[(triton.cdiv(S, ROWS),)](x, index, out, count, **sizes)
+    sizes = {"D": D, "ROWS": ROWS, "BLOCK": next_power(D)}
+    launch(_take_rows, (-(-S // ROWS),), x, x, index, out, count, **sizes)
     return out
 
 
@@ -138,8 +151,7 @@ def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
     """Equals `fast.experts.sum_slots`."""
     N, D = len(inverse) // K, out.shape[1]
     y = out.new_empty(N, D)
-    if not out.is_meta:
-        _sum_slots[(N,)](out, inverse, y, D=D, K=K, BLOCK=triton.next_power_of_2(D))
+    launch(_sum_slots, (N,), out, out, inverse, y, D=D, K=K, BLOCK=next_power(D))
     return y
 
 
@@ -189,11 +201,9 @@ def experts_for_few(
     (N, K), (D, I) = places.shape, down.shape[1:]
     act = x.new_empty(N * K, I, dtype=torch.float32)
     out = x.new_empty(N * K, D, dtype=torch.float32)
-    if not x.is_meta:
-        sizes = {"D": D, "I": I, "ROWS": FEW_ROWS, "BLOCK": 256}
-        rows, columns = triton.cdiv(I, FEW_ROWS), triton.cdiv(D, FEW_ROWS)
-        _few_gate_up[(N * K, rows)](x, gate_up, places, act, K=K, **sizes)
-        _few_down[(N * K, columns)](act, down, places, weights, out, **sizes)
+    sizes = {"D": D, "I": I, "ROWS": FEW_ROWS, "BLOCK": 256}
+    launch(_few_gate_up, (N * K, -(-I // FEW_ROWS)), x, x, gate_up, places, act, K=K, **sizes)
+    launch(_few_down, (N * K, -(-D // FEW_ROWS)), x, act, down, places, weights, out, **sizes)
     return out.view(N, K, D).sum(1).to(x.dtype)
 
 
@@ -228,8 +238,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Equals `fast.loss.cross_entropy`. The gradient takes the place of the logits."""
     M, V = logits.shape
     losses = logits.new_empty(M, dtype=torch.float32)
-    if not logits.is_meta:
-        _cross_entropy[(M,)](logits, targets, losses, V, BLOCK=4096, num_warps=8)
+    launch(_cross_entropy, (M,), logits, logits, targets, losses, V, BLOCK=4096, num_warps=8)
     return losses, logits
 
 
@@ -323,9 +332,9 @@ def query_gradient(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     strides = [stride for x in (q, k, v, y, dy) for stride in x.stride()[:3]]
     sizes = {"M": 128, "N": 64, "A1": A1, "A2": A2, "Z": v.shape[-1]}
-    _query_gradient[(triton.cdiv(T, 128), B * H)](
-        q, k, v, y, dy, logsumexp, dq, scale, *strides, H, T, **sizes, num_warps=8, num_stages=3
-    )
+    given = q, k, v, y, dy, logsumexp, dq, scale, *strides, H, T
+    grid = -(-T // 128), B * H
+    launch(_query_gradient, grid, q, *given, **sizes, num_warps=8, num_stages=3)
     return dq
 
 
@@ -378,13 +387,13 @@ def _attend_cache(
 def attend_cache(q: Tensor, past: Tensor, positions: Tensor, C: int, scale: float) -> Tensor:
     """Equals `model.attend_cache`. Few rows are read in several parts, so that all of the GPU has
     work. C and the rest of a token are powers of two."""
-    (B, H, width), blocks = q.shape, triton.cdiv(q.shape[1], HEADS)
-    parts = min(triton.cdiv(256, B * blocks), triton.cdiv(past.shape[1], KEYS))
+    (B, H, width), blocks = q.shape, -(-q.shape[1] // HEADS)
+    parts = min(-(-256 // (B * blocks)), -(-past.shape[1] // KEYS))
     out = q.new_empty(B, parts, H, C, dtype=torch.float32 if parts > 1 else q.dtype)
     logsumexp = q.new_empty(B, parts, H, 1, dtype=torch.float32)
     sizes = {"C": C, "R": width - C, "KEYS": KEYS, "HEADS": HEADS}
     given = q.contiguous(), past, positions, out, logsumexp, scale, *past.stride()[:2], H
-    _attend_cache[(B, parts, blocks)](*given, **sizes)
+    launch(_attend_cache, (B, parts, blocks), q, *given, **sizes)
     return out[:, 0] if parts == 1 else (logsumexp.softmax(1) * out).sum(1).to(q.dtype)
 
 
