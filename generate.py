@@ -114,7 +114,7 @@ class Decoder:
         self.finite = torch.ones(rows, 1, dtype=torch.bool, device=device)  # all logits so far
         self.ends = torch.tensor([*eos_ids], dtype=torch.int64, device=device)
         self.replay = captured(self.decode_one, model, rows) if on_gpu else None
-        self.steps_between_looks = STEPS_BETWEEN_LOOKS if on_gpu else 1
+        self.steps_between_looks = max(min(STEPS_BETWEEN_LOOKS, max_new_tokens), 1) if on_gpu else 1
 
     def prefill(self, prompts: dict[int, list[int]]) -> None:
         """Puts prompts into free places, up to PREFILL_TOKENS in a pass."""

@@ -68,8 +68,9 @@ def group_documents(documents: Tensor, device: torch.device) -> Documents:
 
 
 class SameBitsAttention(torch.autograd.Function):
-    """Causal attention by cuDNN; q, k (B, T, H, A), v (B, T, H, Z) -> (B, T, H, Z). Of what cuDNN
-    computes only the gradient of q differs from run to run. That comes from a kernel of ours."""
+    """Causal attention by cuDNN; q, k (B, T, H, A), v (B, T, H, Z) -> (B, T, H, Z). cuDNN's output
+    and its gradients of k and v have the same bits in every run. Its gradient of q has not:
+    `kernels.query_gradient` computes that instead."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale):
@@ -97,19 +98,20 @@ class SameBitsAttention(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def on_hopper(device: torch.device) -> bool:
-    """Whether this is a Hopper or a Blackwell of a data centre: cuDNN has a backward for heads of
-    DeepSeek's widths there, and a program the shared memory that our kernel needs."""
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def has_same_bits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `SameBitsAttention` serves here."""
-    widths = two_powers(q.shape[-1]) and v.shape[-1] in (16, 32, 64, 128, 256)
-    suits = widths and q.shape[2] == k.shape[2] and q.dtype in (torch.bfloat16, torch.float16)
-    suits = suits and q.shape[1] > 1  # cuDNN wants more than one token
-    # The kernel counts the numbers of a row in 32 bits.
-    suits = suits and q.shape[1] * max(x.stride(1) for x in (q, k, v)) < 2**31
-    return bool(suits) and q.is_cuda and has_kernels(q) and on_hopper(q.device)
+    """Whether `SameBitsAttention` serves: on Hopper, whose programs have the memory that the kernel
+    needs, for widths up to DeepSeek's. cuDNN wants more than one token. The kernel counts the
+    numbers of a row in 32 bits."""
+    if not (q.is_cuda and has_kernels(q) and on_hopper(q.device)):
+        return False
+    (_, T, heads, width), value_width = q.shape, v.shape[-1]
+    widths = width <= 192 and two_powers(width) and value_width in (16, 32, 64, 128)
+    fits = T > 1 and T * max(x.stride(1) for x in (q, k, v)) < 2**31
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return bool(widths) and fits and half and heads == k.shape[2]
 
 
 def attend(
@@ -146,5 +148,7 @@ def attend_cache(q: Tensor, past: Tensor, positions: Tensor, C: int, scale: floa
     """What `model.attend_cache` returns."""
     powers = all(n >= 16 and n & (n - 1) == 0 for n in (C, q.shape[-1] - C))
     # With few rows the cache is small beside the weights, and the compiler has the faster kernels.
-    serves = len(q) >= 32 and powers and q.is_cuda and has_kernels(q)
+    # In float32 the kernel's products would be rounded, to TF32.
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    serves = len(q) >= 32 and half and powers and q.is_cuda and has_kernels(q)
     return (kernels if serves else model).attend_cache(q, past, positions, C, scale)

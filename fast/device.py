@@ -18,9 +18,27 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda or (x.is_meta and _meta_is_gpu)
 
 
+_kernels_run: dict[torch.device, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this GPU. Says once why they do not: Triton may be missing,
+    or the C compiler that it needs."""
+    if device not in _kernels_run:
+        try:
+            kernels.invert(torch.zeros(1, dtype=torch.int64, device=device))
+            _kernels_run[device] = True
+        except Exception as error:  # Triton's own kinds, and those of what it calls
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"{device}: without the kernels of fast/kernels.py, which is slower: {reason}")
+            _kernels_run[device] = False
+    return _kernels_run[device]
+
+
 def has_kernels(x: Tensor) -> bool:
-    """Whether fast/kernels.py serves x: on a GPU with Triton, which torch brings for most."""
-    return on_gpu(x) and (x.is_meta or kernels.triton is not None)
+    """Whether fast/kernels.py serves x. A plan, on the meta device, assumes so of a GPU."""
+    return on_gpu(x) and (x.is_meta or kernels_run(x.device))
 
 
 @contextmanager

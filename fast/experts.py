@@ -61,9 +61,8 @@ class StackedExperts(nn.ModuleList):
         self.index_places()
 
     def index_places(self) -> None:
-        places = [0] * len(
-            self
-        )  # 0 also for an expert held elsewhere: none of its slots comes here
+        # 0 also for an expert that is held elsewhere: none of its slots comes here.
+        places = [0] * len(self)
         for place, e in enumerate(self.expert_at):
             places[e] = place
         self.place_of = torch.tensor(places, device=self.down.device)
@@ -71,9 +70,7 @@ class StackedExperts(nn.ModuleList):
         linears = [tuple(self[e].children()) for e in self.expert_at]
         self.parameters_at = [tuple(m.weight for m in each) for each in linears]
         scalings = [[getattr(m, "lora_scaling", 0.0) for m in each] for each in linears]
-        self.lora_scalings = torch.tensor(
-            scalings, device=self.down.device
-        )  # (E, 3), for fast/lora.py
+        self.lora_scalings = torch.tensor(scalings, device=self.down.device)  # (E, 3)
 
     def _apply(self, fn, recurse=True):
         """Moves the stacks for .to() and .cuda(), and makes the parameters views of them again."""

@@ -61,8 +61,8 @@ def top_experts(scores: Tensor, choice: Tensor, count: int) -> tuple[Tensor, Ten
     are ahead of it, which is one kernel instead of a sort."""
     if not compiling_for_few(choice):
         indices = choice.topk(count, -1).indices
-        on_device = on_gpu(scores)
-        return ScoresAt.apply(scores, indices) if on_device else scores.gather(1, indices), indices
+        values = ScoresAt.apply(scores, indices) if on_gpu(scores) else scores.gather(1, indices)
+        return values, indices
     ids = torch.arange(choice.shape[1], device=choice.device)
     mine, other = choice[:, :, None], choice[:, None, :]
     ahead = ((other > mine) | ((other == mine) & (ids < ids[:, None]))).sum(-1)  # (N, E)

@@ -215,6 +215,9 @@ def experts_for_few(
 def _cross_entropy(LOGITS, TARGETS, LOSSES, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * V
+    # Read now: below, other threads may be faster and write here already.
+    target = tl.load(TARGETS + row)
+    chosen = tl.load(LOGITS + target).to(tl.float32)
     most = tl.full((BLOCK,), -3e38, tl.float32)  # of each column of the blocks; no inf - inf
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, V, BLOCK):
@@ -225,8 +228,7 @@ def _cross_entropy(LOGITS, TARGETS, LOSSES, V, BLOCK: tl.constexpr):
         most = more
     top = tl.max(most, 0)
     logsumexp = top + tl.log(tl.sum(total * tl.exp(most - top), 0))
-    target = tl.load(TARGETS + row)
-    tl.store(LOSSES + row, logsumexp - tl.load(LOGITS + target).to(tl.float32))
+    tl.store(LOSSES + row, logsumexp - chosen)
     for first in range(0, V, BLOCK):  # the row is still in the GPU's cache
         ids = first + tl.arange(0, BLOCK)
         scores = tl.load(LOGITS + ids, mask=ids < V).to(tl.float32)
@@ -280,8 +282,8 @@ def _query_gradient(
     qb, qt, qh, kb, kt, kh, vb, vt, vh, yb, yt, yh, db, dt, dh, H, T,
     M: tl.constexpr, N: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, Z: tl.constexpr,
 ):  # fmt: skip
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest first
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # the longest first
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     rows = first + tl.arange(0, M)
     there, z = rows[:, None] < T, tl.arange(0, Z)
     q = Q + b * qb + h * qh + rows[:, None] * qt
@@ -291,7 +293,7 @@ def _query_gradient(
     y = tl.load(Y + b * yb + h * yh + rows[:, None] * yt + z, mask=there, other=0.0)
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
     log2e = 1.4426950408889634  # exp2 is one instruction
-    logsumexp = tl.load(LOGSUMEXP + tl.program_id(1) * T + rows, mask=rows < T, other=0.0) * log2e
+    logsumexp = tl.load(LOGSUMEXP + tl.program_id(0) * T + rows, mask=rows < T, other=0.0) * log2e
     dq1, dq2 = tl.zeros((M, A1), tl.float32), tl.zeros((M, A2), tl.float32)
     K += b * kb + h * kh
     V += b * vb + h * vh
@@ -310,6 +312,8 @@ def _query_gradient(
 
 def two_powers(width: int) -> tuple[int, int] | None:
     """Returns two powers of two from 16 whose sum is `width`, if there are such."""
+    if width < 32:
+        return None
     large = 1 << (width - 1).bit_length() - 1  # the largest below width
     small = width - large
     return (large, small) if small >= 16 and small & (small - 1) == 0 else None
@@ -333,7 +337,7 @@ def query_gradient(
     strides = [stride for x in (q, k, v, y, dy) for stride in x.stride()[:3]]
     sizes = {"M": 128, "N": 64, "A1": A1, "A2": A2, "Z": v.shape[-1]}
     given = q, k, v, y, dy, logsumexp, dq, scale, *strides, H, T
-    grid = -(-T // 128), B * H
+    grid = B * H, -(-T // 128)
     launch(_query_gradient, grid, q, *given, **sizes, num_warps=8, num_stages=3)
     return dq
 
