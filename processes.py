@@ -86,7 +86,7 @@ class ManyProcesses(SingleProcess):
         dist.broadcast_object_list(outcome, src=0)
         value, error = outcome[0]
         if error is not None:
-            raise error
+            raise on_all_ranks(error)
         return value
 
     def on_all(self, function, *args, **options):
@@ -95,7 +95,7 @@ class ManyProcesses(SingleProcess):
         if errors:
             rank, error = next(iter(errors.items()))
             same = len(errors) == self.world_size and len({str(e) for e in errors.values()}) == 1
-            raise error if same else type(error)(f"rank {rank}: {error}")
+            raise on_all_ranks(error if same else type(error)(f"rank {rank}: {error}"))
         return value
 
     def from_all(self, value) -> list:
@@ -143,6 +143,12 @@ class ManyProcesses(SingleProcess):
         said = [f"rank {r} failed: {self.store.get(f'failed/{r}').decode()}" for r in failed]
         silent = [rank for rank in missing if rank not in failed]
         return "; ".join([*said, *(f"rank {r} died or does not answer" for r in silent)])
+
+
+def on_all_ranks(error: Exception) -> Exception:
+    """Marks an error that all ranks raise, so that they can still meet when they handle it."""
+    error.on_all_ranks = True
+    return error
 
 
 def meet(timeout: float) -> SingleProcess:

@@ -117,17 +117,18 @@ def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made:
     results = trainer.train(config)
     seconds = time.perf_counter() - begin
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    host = proc_mib("/proc/self/status")["VmHWM"] / 1024
-    print(f"{'stage':<14} {'seconds':>8} {'GPU GiB':>8} {'host GiB':>9}")
-    for row in stages:
-        print("{stage:<14} {seconds:>8} {gpu_peak_gib:>8} {host_gib:>9}".format(**row))
-    print(f"in all {seconds:.1f} s; peak of host memory {host:.1f} GiB; files:")
-    for path in sorted(output.rglob("*.safetensors")):
-        print(f"  {path.relative_to(output)} {path.stat().st_size:,} bytes")
     # Without the first step, which compiles; validations and checkpoints are apart.
     step = statistics.median(
         config.batch_size * config.seq_length / r["tokens_per_second"] for r in records[1:]
     )
+    host = proc_mib("/proc/self/status")["VmHWM"] / 1024
+    print(f"{'stage':<14} {'seconds':>8} {'GPU GiB':>8} {'host GiB':>9}")
+    for row in stages:
+        print("{stage:<14} {seconds:>8} {gpu_peak_gib:>8} {host_gib:>9}".format(**row))
+    print(f"a step {step:.2f} s; 500 steps {500 * step / 60:.1f} minutes")
+    print(f"in all {seconds:.1f} s; peak of host memory {host:.1f} GiB; files:")
+    for path in sorted(output.rglob("*.safetensors")):
+        print(f"  {path.relative_to(output)} {path.stat().st_size:,} bytes")
     made |= {"limit_gib": args.limit, "paper": args.paper, "deterministic": args.deterministic}
     made |= {"seconds_a_step": round(step, 3), "quantize": config.quantize, "stages": stages}
     layers = output / "checkpointed_layers.json"

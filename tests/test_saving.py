@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ from test_train import metrics, settings
 import stored_tensors
 import train as trainer
 from files import read_json
-from processes import SingleProcess
+from processes import SingleProcess, on_all_ranks
 from stored_tensors import write_tensors
 from train import train
 from training import directory
 from training.config import TrainConfig
-from training.directory import check_checkpoint, checkpoints, copies_fit
+from training.directory import RunDirectory, check_checkpoint, checkpoints, copies_fit
 
 
 @pytest.fixture
@@ -272,3 +273,15 @@ def test_a_second_signal_does_not_wait_for_the_disk(
     with pytest.raises(KeyboardInterrupt, match=kept):
         run("run")
     assert not slow_disk.is_set()
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_ranks_meet_after_an_error_only_if_all_raise_it(everywhere):
+    """The others would wait in their next step for a rank that failed alone."""
+    called = []
+    ranks = SimpleNamespace(world_size=2)
+    run = SimpleNamespace(ranks=ranks, finish_checkpoint=lambda: called.append(1))
+    error = OSError("No space left on device: log")
+    with pytest.raises(OSError, match="log"), RunDirectory.finishing(run):
+        raise on_all_ranks(error) if everywhere else error
+    assert called == [1] * everywhere

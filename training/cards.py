@@ -160,12 +160,13 @@ def command_lines(config: TrainConfig, needs: Needs, given: dict) -> list[str]:
     for name, memory in memories(config.device, CARDS).items():
         helps = less(config, 1)
         if needed(config.device, Need(floor, host=0)) > memory:
-            helps = f"scoring and evaluation alone need {size_text(floor)}"
-        text = f"nothing fits: {helps}, or several GPUs (train_ep.py --plan 2 4 8)"
+            beyond = size_text(OVERHEAD) if config.device.startswith("cuda") else "nothing"
+            helps = f"scoring and evaluation alone need {size_text(floor)}, and {beyond} beside it"
+        text = f"nothing fits: {helps}; several GPUs: train_ep.py --plan 2 4 8"
         if choice := best(needs, config.device, memory):
             flags = given | choice.changes(config)
             command = shlex.join(["python", "train.py", *words_of(flags)])
-            text = f"{command}  # {layers_text(needs, choice, config.device, memory)}"
+            text = f"{layers_text(needs, choice, config.device, memory)}: {command}"
         if not choice or text != before:  # else a smaller card is enough
             lines.append(f"{name}: {text}")
         before = text
@@ -209,7 +210,7 @@ def best(needs: Needs, device: str, memory: float) -> Choice | None:
 def layers_text(needs: Needs, choice: Choice, device: str, memory: float) -> str:
     """Returns what "auto" does with a choice that fits."""
     layers, peak = layers_of(needs[choice.quantize, choice.optimizer_device], device, memory)
-    return f"checkpoints {layers}, peak of a step {size_text(peak)}"
+    return f"{layers} run again, peak of a step {size_text(peak)}"
 
 
 def layers_of(need: dict, device: str, memory: float) -> tuple[str, int]:

@@ -44,8 +44,9 @@ def settle_checkpointing(
     def settle() -> int:
         found = ranks.on_all(layers_needed, config, inputs, expert_cfg, ranks, compute_gradients)
         layers, why = max(ranks.from_all(found))
-        if layers:
-            print(f"checkpoints {layers} of {base.num_hidden_layers} layers: {why}", flush=True)
+        if layers or config.device.startswith("cuda"):
+            count = base.num_hidden_layers
+            print(f"{layers} of {count} layers run again in backward: {why}", flush=True)
         return layers
 
     def read(path: Path) -> int | None:
@@ -71,13 +72,12 @@ def layers_needed(
     room = memory_of_process(config.device, model) - beside(config.device, host)
     count = inputs.base_config.num_hidden_layers
     layers = fewest_layers(peak, count, room)
-    if not layers:
-        return 0, ""
     where = "GPU" if config.device.startswith("cuda") else "machine"
-    need = f"needs {size_text(peak(layers))} of the {size_text(room)} that this {where} has for it"
+    need = f"a step needs {size_text(peak(layers))}; this {where} has {size_text(max(room, 0))}"
     if peak(layers) > room:
-        return layers, f"even so, the step {need}; --plan shows what makes it less"
-    return layers, f"the step then {need} (all layers: {size_text(peak(count))})"
+        return layers, f"even so, {need} for it, and --plan shows what makes it less"
+    more = f" (all layers: {size_text(peak(count))})" if 0 < layers < count else ""
+    return layers, f"{need} for it{more}"
 
 
 def memory_of_process(device: str, model: Transformer) -> float:

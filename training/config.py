@@ -142,12 +142,12 @@ def config_parser(description: str, epilog: str | None = None) -> argparse.Argum
 
 def no_compilation(config: TrainConfig) -> str:
     """Returns the key with which layers cannot be compiled, and why; empty if there is none."""
+    if config.document_mask and not config.device.startswith("cuda"):
+        return "document_mask on a CPU, where torch's FlexAttention has no backward"
     if config.dtype == "float32":
         return "dtype float32, since grouped products compile in bfloat16 alone"
     if config.experts == "loop":
         return "experts loop, which waits for each expert's number of tokens"
-    if config.document_mask and not config.device.startswith("cuda"):
-        return "document_mask on a CPU, where torch's FlexAttention has no backward"
     return ""
 
 

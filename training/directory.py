@@ -34,6 +34,7 @@ class RunDirectory:
         self.path, self.overwrite = Path(config.output_dir), config.overwrite
         self.identity, self.ranks = inputs.identity, ranks
         self.copies: dict[str, Tensor] | None = None  # of what a checkpoint holds
+        self.copying = False  # whether there is room for them
         # A checkpoint's place, where it is written, its state, and the thread's hashes of files.
         self.under_way: tuple[Path, Path, dict, Future[dict[str, str]]] | None = None
         ranks.on_all(check_output, config, self.identity)
@@ -175,12 +176,13 @@ class RunDirectory:
     @contextmanager
     def finishing(self):
         """Ends the checkpoint that is being written if an error ends this block. Ranks have to meet
-        for that, so they do it for errors that come on all of them. A second signal does not wait
-        for a disk."""
+        for that, so they do it for errors that all of them raise, as for a loss that is not finite.
+        A second signal does not wait for a disk."""
         try:
             yield
         except Exception as error:
-            if self.ranks.world_size == 1 or isinstance(error, (OSError, FloatingPointError)):
+            everywhere = isinstance(error, FloatingPointError) or hasattr(error, "on_all_ranks")
+            if self.ranks.world_size == 1 or everywhere:
                 with suppress(OSError):
                     self.finish_checkpoint()
             raise

@@ -219,13 +219,14 @@ def plan(
         "",
         *table(config, columns, needs),
         *choice_lines(config, columns, choices),
-        "* as in this config"
-        + "; auto: between these lines" * (config.gradient_checkpointing == "auto"),
+        "* this config"
+        + "; auto: its peak is between these two lines" * (config.gradient_checkpointing == "auto"),
         *advice,
         "",
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
         "which two are kept and a third is written",
-        "nothing was loaded or written; next: the same command without --plan",
+        "nothing was loaded or written; next: "
+        + ("the same command without --plan" if rehearse else "the command of your card above"),
     ]
     return "\n".join(lines)
 

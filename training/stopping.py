@@ -44,7 +44,9 @@ def saying_what_is_kept(config: TrainConfig, output: RunDirectory):
 def what_needs_less(config: TrainConfig) -> str:
     """Returns which keys let a step need less memory."""
     less = {
-        "--gradient_checkpointing true": config.gradient_checkpointing is not True,
+        "--gradient_checkpointing true (if fewer layers run again)": (
+            config.gradient_checkpointing is not True
+        ),
         "--optimizer_device cpu": not config.optimizer_device,
         "more --gradient_accumulation_steps (in another output_dir)": config.micro_batch > 1,
         "--quantize (likewise)": config.method == "esft" and config.quantize != "nf4",
