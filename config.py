@@ -5,7 +5,7 @@ A key is one line of a dataclass that inherits from `Keys`:
 
     top_p: float | None = key(None, "part of a layer's score to select", above=0, at_most=1)
 
-Its type is str, bool, int, float, list[str] or BoolOrAuto, or one of these `| None`.
+Its type is BoolOrAuto; or str, bool, int, float or list[str]; or one of the latter `| None`.
 """
 
 import argparse
