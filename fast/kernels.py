@@ -351,6 +351,7 @@ def _(q, k, v, y, dy, logsumexp, scale):
 # row's own tokens. KEYS of it are read at a time, by HEADS heads.
 
 KEYS, HEADS = 32, 16
+PROGRAMS = 256  # enough to keep a GPU busy
 
 
 @jit
@@ -392,7 +393,7 @@ def attend_cache(q: Tensor, past: Tensor, positions: Tensor, C: int, scale: floa
     """Equals `model.attend_cache`. Few rows are read in several parts, so that all of the GPU has
     work. C and the rest of a token are powers of two."""
     (B, H, width), blocks = q.shape, -(-q.shape[1] // HEADS)
-    parts = min(-(-256 // (B * blocks)), -(-past.shape[1] // KEYS))
+    parts = min(-(-PROGRAMS // (B * blocks)), -(-past.shape[1] // KEYS))
     out = q.new_empty(B, parts, H, C, dtype=torch.float32 if parts > 1 else q.dtype)
     logsumexp = q.new_empty(B, parts, H, 1, dtype=torch.float32)
     sizes = {"C": C, "R": width - C, "KEYS": KEYS, "HEADS": HEADS}
