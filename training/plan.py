@@ -226,7 +226,7 @@ def plan(
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
         "which two are kept and a third is written",
         "nothing was loaded or written; next: "
-        + ("the same command without --plan" if rehearse else "the command of your card above"),
+        + ("the same command without --plan" if rehearse else "the command above"),
     ]
     return "\n".join(lines)
 
