@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoint import local_directory
+from families import file_prefix
 from fast import StackedExperts
 from fast.packed import PackedExperts
 from files import read_json, replacing, write_json
@@ -112,7 +113,8 @@ def save_adapter(
     expert_cfg.json, which also names the base. `trained` is these tensors, where the model here
     does not hold them all."""
     trained = trained_parameters(model, expert_cfg) if trained is None else trained
-    tensors = {name: p.detach().cpu().clone() for name, p in trained.items()}
+    prefix = file_prefix(model.config)
+    tensors = {prefix + name: p.detach().cpu().clone() for name, p in trained.items()}
     with replacing(Path(directory) / "adapter.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
     # The original code asks for every MoE layer, also for one in which nothing is selected.

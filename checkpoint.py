@@ -1,16 +1,15 @@
-"""A Hugging Face directory or hub name -> a checked config -> a loaded model and its fingerprint.
+"""A Hugging Face directory or hub name -> a loaded model and its fingerprint.
 
-Nothing from a checkpoint is executed or unpickled: only config.json and safetensors files are read.
-Adapters are in adapter.py, merged checkpoints are written in merge.py."""
+Nothing from a checkpoint is executed or unpickled: only config.json (families.py) and safetensors
+files are read. Adapters are in adapter.py, merged checkpoints are written in merge.py."""
 
 import hashlib
-import json
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, fields
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,218 +17,11 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 import fast
+from families import FAMILIES, block_size, read_config
 from fast.packed import readers
 from files import read_json
 from model import ModelConfig, Transformer
 from stored_tensors import READ_BYTES, StoredTensor, read_header
-
-# ------------------------------------------------------------------------------------------
-# config.json
-
-# The values that a family supports of the fields that name a variant. The first one is the default,
-# because DeepSeek's own configuration classes leave some of these fields out.
-FAMILIES = {
-    "deepseek": {
-        "scoring_func": ["softmax"],
-        "topk_method": ["greedy"],
-        "routed_scaling_factor": [1.0],
-        "quantization_config": [None],
-    },
-    "deepseek_v2": {
-        "scoring_func": ["softmax"],
-        "topk_method": ["greedy", "group_limited_greedy"],
-        "quantization_config": [None],
-    },
-    "deepseek_v3": {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]},
-}
-V3_DEFAULTS = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4}
-EVERY_FAMILY = {
-    "model_type": list(FAMILIES),
-    "hidden_act": ["silu"],
-    "mlp_bias": [False],
-    "attention_dropout": [0.0],
-}
-
-
-def read_config(directory: str | Path, changes: Collection[str] = ()) -> ModelConfig:
-    """Returns the checked config of a checkpoint, from both spellings of the rotary settings.
-    `changes` are texts FIELD=VALUE, with VALUE in JSON, that replace fields of the file. Raises
-    FileNotFoundError, or ValueError that names field, value and what is supported."""
-    path = Path(directory) / "config.json"
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: must hold a JSON object, found {type(raw).__name__}")
-    changed = parse_changes(changes)
-    try:
-        return config_from_dict(raw, changed)
-    except ValueError as error:
-        after = f" (after model_config changed {', '.join(changed)})" if changed else ""
-        raise ValueError(f"{path}: {error}{after}") from None
-
-
-def parse_changes(changes: Collection[str]) -> dict:
-    """["num_experts_per_tok=4"] -> {"num_experts_per_tok": 4}. Raises ValueError."""
-    known, values = [field.name for field in fields(ModelConfig)], {}
-    for text in changes:
-        name, _, value = text.partition("=")
-        if name not in known:
-            raise ValueError(
-                f"model_config: {text!r} must be FIELD=VALUE with a field of {', '.join(known)}"
-            )
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            raise ValueError(
-                f"model_config: the value of {text!r} must be JSON, as in norm_topk_prob=true or "
-                'topk_method="greedy"'
-            ) from None
-    return values
-
-
-def config_from_dict(raw: dict, changed: dict) -> ModelConfig:
-    """`read_config` for the content of the file."""
-    for name in ("index_topk", "index_n_heads"):  # V3.2 and later
-        if raw.get(name) is not None:
-            raise ValueError(f"{name} is {raw[name]!r}; sparse attention is not supported")
-    rope = raw.get("rope_parameters")
-    if rope is not None:  # transformers 5 moved rope_theta and rope_scaling in here
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters is {rope!r}; must be an object")
-        if raw.get("rope_scaling", rope) not in (None, rope):
-            raise ValueError("rope_scaling and rope_parameters differ; one is required")
-        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-        raw = {**raw, **theta, "rope_scaling": rope}
-    raw = {**raw, **changed}
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"model_type is {family!r}; supported: {', '.join(FAMILIES)}")
-    values = {name: supported[0] for name, supported in FAMILIES[family].items()}
-    if family == "deepseek_v3":
-        values |= V3_DEFAULTS
-    for field in fields(ModelConfig):
-        if field.name in raw:
-            values[field.name] = raw[field.name]
-        elif field.default is MISSING:
-            raise ValueError(f"field {field.name} is missing")
-    config = ModelConfig(**values)
-    check_config(config)
-    return config
-
-
-def check_config(config: ModelConfig) -> None:
-    """Raises ValueError for the first field with a value that model.py does not support."""
-    for problems in (field_problems, size_problems, routing_problems, rope_problems, fp8_problems):
-        for problem in problems(config):
-            raise ValueError(problem)
-
-
-def field_problems(config: ModelConfig) -> Iterator[str]:
-    for name, values in (EVERY_FAMILY | FAMILIES.get(config.model_type, {})).items():
-        if getattr(config, name) not in values:
-            shown = ", ".join(map(repr, values))
-            yield f"{name} is {getattr(config, name)!r}; supported: {shown}"
-    for field in fields(config):
-        name, kind, value = field.name, field.type, getattr(config, field.name)
-        if value is None and kind in (int, float, bool, str):
-            yield f"{name} is null; a value is required"
-        if value is not None and kind in (int, int | None):
-            least = 0 if name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1
-            if type(value) is not int or not least <= value < 2**19:
-                yield f"{name} is {value!r}; must be an integer from {least} to 2^19 - 1"
-        if kind is float and (type(value) not in (int, float) or not abs(value) < 1e30):
-            yield f"{name} is {value!r}; must be a finite number"
-        if kind is bool and type(value) is not bool:
-            yield f"{name} is {value!r}; must be true or false"
-
-
-def size_problems(config: ModelConfig) -> Iterator[str]:
-    c, layers, E = config, config.num_hidden_layers, config.n_routed_experts
-    D, heads = c.hidden_size, c.num_attention_heads
-    if E >= 2**15:
-        yield f"n_routed_experts is {E}; must be below 2^15"
-    if layers * E > 2**17:
-        several = f"num_hidden_layers is {layers} and n_routed_experts is {E}"
-        yield f"{several}; at most {2**17} experts are supported"
-    if c.rms_norm_eps < 0:
-        yield f"rms_norm_eps is {c.rms_norm_eps}; must be at least 0"
-    if c.rope_theta <= 1:
-        yield f"rope_theta is {c.rope_theta}; must be above 1"
-    if c.model_type != "deepseek":
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if getattr(c, name) is None:
-                yield f"field {name} is missing"
-        if c.qk_rope_head_dim % 2:
-            yield f"qk_rope_head_dim is {c.qk_rope_head_dim}; must be even"
-        return
-    if D % (2 * heads):
-        required = f"must divide hidden_size ({D}) into heads of even size"
-        yield f"num_attention_heads is {heads}; {required}"
-    if heads % c.key_value_heads:
-        yield f"num_key_value_heads is {c.key_value_heads}; must divide {heads} heads"
-    if c.head_dim not in (None, D // heads):
-        supported = f"hidden_size / num_attention_heads, {D // heads}"
-        yield f"head_dim is {c.head_dim}; supported: {supported}"
-
-
-def routing_problems(config: ModelConfig) -> Iterator[str]:
-    E = reachable = config.n_routed_experts
-    method, groups, kept = config.topk_method, config.n_group, config.topk_group
-    if method != "greedy":
-        least = 2 if method == "noaux_tc" else 1  # experts that rank a group
-        if not groups or E % groups or E // groups < least:
-            equal = f"n_routed_experts ({E}) in groups of equal size, at least {least} in each"
-            yield f"n_group is {groups}; {method} needs {equal}"
-        if not kept or kept > groups:
-            yield f"topk_group is {kept}; must be 1 to n_group ({groups})"
-        reachable = E // groups * kept
-    if config.num_experts_per_tok > reachable:
-        reached = f"a token can reach only {reachable} experts"
-        yield f"num_experts_per_tok is {config.num_experts_per_tok}; {reached}"
-
-
-def rope_problems(config: ModelConfig) -> Iterator[str]:
-    rope = config.rope_scaling
-    if rope is None:
-        return
-    if not isinstance(rope, dict):
-        yield f"rope_scaling is {rope!r}; must be an object or null"
-    rope = {name: value for name, value in rope.items() if value is not None}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    kinds = ("default",) if config.model_type == "deepseek" else ("default", "yarn")
-    if kind not in kinds:
-        yield f"rope_scaling: type is {kind!r}; supported: {', '.join(map(repr, kinds))}"
-    known = {"rope_type", "type", "rope_theta"}
-    if kind == "yarn":
-        numbers = {"factor": 1, "original_max_position_embeddings": 1}
-        given = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        numbers |= {name: 0 for name in given if name in rope}
-        for name, least in numbers.items():
-            value = rope.get(name)
-            usable = type(value) in (int, float) and (value == 0 or 1e-6 < value < 1e30)
-            if not usable or value < least:
-                yield f"rope_scaling: {name} is {value!r}; must be a number from {least}"
-        known |= {*numbers, *given}
-    for name in rope.keys() - known:  # attention_factor or partial_rotary_factor, for example
-        yield f"rope_scaling: {name} is {rope[name]!r}; not supported"
-
-
-def fp8_problems(config: ModelConfig) -> Iterator[str]:
-    """V3's quantisation is supported: e4m3 weights in blocks."""
-    fp8, name = config.quantization_config, "quantization_config"
-    if fp8 is None:
-        return
-    if not isinstance(fp8, dict):
-        yield f"{name} is {fp8!r}; must be an object or null"
-    if fp8.get("quant_method") != "fp8":
-        yield f"{name}: quant_method is {fp8.get('quant_method')!r}; supported: 'fp8'"
-    if fp8.get("fmt", "e4m3") != "e4m3":
-        yield f"{name}: fmt is {fp8['fmt']!r}; supported: 'e4m3'"
-    block = fp8.get("weight_block_size")
-    if not (isinstance(block, list) and [type(size) for size in block] == [int, int]):
-        yield f"{name}: weight_block_size is {block!r}; two integers are required"
-    if not all(1 <= size < 2**19 for size in block):
-        yield f"{name}: weight_block_size is {block!r}; must be from 1 to 2^19 - 1"
-
 
 # ------------------------------------------------------------------------------------------
 # Files
@@ -274,9 +66,11 @@ def stored_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTens
         tensors = read_header(whole)
     else:
         raise FileNotFoundError(f"{directory}: no {whole.name} and no {index.name}")
-    for name, stored in tensors.items():
+    for name in [name for name in tensors if name.endswith(".weight_packed")]:
+        unpack_int4(name, tensors, config)
+    for stored in tensors.values():
         if stored.dtype == "F8_E4M3":
-            add_scale(stored, tensors, config)
+            add_scale(stored, f"{stored.name}_scale_inv", tensors, config)
     scales = {stored.scale.name for stored in tensors.values() if stored.scale is not None}
     return {name: stored for name, stored in tensors.items() if name not in scales}
 
@@ -302,26 +96,44 @@ def indexed_tensors(index: Path) -> dict[str, StoredTensor]:
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def add_scale(stored: StoredTensor, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
-    name = f"{stored.name}_scale_inv"
+def add_scale(
+    stored: StoredTensor, name: str, tensors: dict[str, StoredTensor], config: ModelConfig
+) -> None:
+    """Gives quantised weights their scales, which are the tensor of that name."""
     if config.quantization_config is None or name not in tensors or len(stored.shape) != 2:
         raise ValueError(
-            f"{stored.path}: tensor {stored.name} is F8_E4M3; required: a matrix, a tensor {name}, "
-            "and quantization_config in config.json"
+            f"{stored.path}: tensor {stored.name} is {stored.dtype}; required: a matrix, a tensor "
+            f"{name}, and quantization_config in config.json"
         )
-    stored.block = tuple(config.quantization_config["weight_block_size"])
+    stored.block = block_size(config.quantization_config)
     blocks = [-(-size // block) for size, block in zip(stored.shape, stored.block)]
-    tensors[name].check(blocks, ("F32",))
+    tensors[name].check(blocks, ("F32", "BF16") if stored.dtype == "I4" else ("F32",))
     stored.scale = tensors[name]
+
+
+def unpack_int4(name: str, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Puts X.weight in the place of X.weight_packed, X.weight_scale and X.weight_shape, as the
+    library compressed-tensors writes them. A packed int32 holds 8 values of a row."""
+    packed, weight = tensors.pop(name), name.removesuffix("_packed")
+    if packed.dtype != "I32" or len(packed.shape) != 2:
+        found = f"{packed.dtype} of shape {list(packed.shape)}"
+        raise ValueError(f"{packed.path}: tensor {name} is {found}; an int32 matrix is required")
+    tensors.pop(f"{weight}_shape", None)
+    rows, columns = packed.shape
+    stored = replace(packed, name=weight, dtype="I4", shape=(rows, 8 * columns))
+    add_scale(stored, f"{weight}_scale", tensors, config)
+    tensors[weight] = stored
 
 
 FUSED = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts\.)(gate_up_proj|down_proj)")
 
 
-def split_experts(stored: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:
+def split_experts(name: str, stored: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:
     """Returns name -> part for each expert of a tensor that holds all experts of a layer:
-    gate_up_proj (E, 2I, D) or down_proj (E, D, I)."""
-    prefix, _, kind = FUSED.fullmatch(stored.name).groups()
+    gate_up_proj (E, 2I, D) or down_proj (E, D, I). A tensor of another name is returned whole."""
+    if not (fused := FUSED.fullmatch(name)) or not config.is_moe(int(fused[2])):
+        return {name: stored}
+    prefix, _, kind = fused.groups()
     E, I, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     stored.check((E, 2 * I, D) if kind == "gate_up_proj" else (E, D, I))
     if kind == "down_proj":
@@ -344,18 +156,23 @@ def read_checkpoint(
     checkpoint's tensors under the model's names. Each tensor that the model needs is there, in its
     shape, and no other. Reads headers only. `changes`: see `read_config`.
 
-    Skips layers for multi-token prediction and tables of rotary frequencies. Raises
-    FileNotFoundError, or ValueError that names file and tensor."""
+    Skips layers for multi-token prediction, tables of rotary frequencies, and what the family does
+    not need. Raises FileNotFoundError, or ValueError that names file and tensor."""
     config = read_config(directory, changes)
-    found: dict[str, StoredTensor] = {}
+    family, found, foreign = FAMILIES[config.model_type], {}, set()
     layers = range(config.num_hidden_layers)
     extra = range(layers.stop, layers.stop + config.num_nextn_predict_layers)
-    for name, stored in stored_tensors(directory, config).items():
+    for file_name, stored in stored_tensors(directory, config).items():
+        name = file_name.removeprefix(family.prefix)
         layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
         if (layer and int(layer[1]) in extra) or name.endswith(".rotary_emb.inv_freq"):
             continue
-        fused = layer and FUSED.fullmatch(name) and config.is_moe(int(layer[1]))
-        found |= split_experts(stored, config) if fused else {name: stored}
+        if any(part in file_name for part in family.unread):
+            continue
+        if file_name.startswith(family.prefix):
+            found |= split_experts(name, stored, config)
+        else:
+            foreign.add(file_name)
 
     # These two checks come first: building a model of absurd size takes long even without weights.
     for layer in layers:
@@ -383,7 +200,7 @@ def read_checkpoint(
             )
     for problem, names in (
         ("are missing", expected.keys() - found.keys()),
-        ("do not belong to this config", found.keys() - expected.keys()),
+        ("do not belong to this config", foreign | found.keys() - expected.keys()),
     ):
         if names:
             raise ValueError(

@@ -17,15 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapter import read_adapter
-from checkpoint import (
-    FUSED,
-    local_directory,
-    parse_changes,
-    read_checkpoint,
-    split_experts,
-    stored_tensors,
-)
+from checkpoint import local_directory, read_checkpoint, split_experts, stored_tensors
 from config import Keys, add_keys, key, read_keys
+from families import FAMILIES, file_prefix, parse_changes
 from files import read_json, replacing, write_json
 from model import ModelConfig
 from peft_format import StoredLora
@@ -38,7 +32,7 @@ def merge(
     base: str | Path, adapter: str | Path, output: str | Path, changes: Collection[str] = ()
 ) -> None:
     """Writes `base` with the adapter's tensors in place, or W + scaling * B A for LoRA, as a
-    complete checkpoint, in the base's dtypes, FP8 as bfloat16. Config (with `changes`, see
+    complete checkpoint, in the base's dtypes, quantised ones as bfloat16. Config (with `changes`, see
     `read_config`) and tokenizer are copied, code is not. At most the tensors of one file are in
     memory. `output` appears when it is whole."""
     base, output = local_directory(base), Path(output).resolve()
@@ -90,12 +84,15 @@ def write_settings(base: Path, config: ModelConfig, changed: dict, part: Path) -
     if config.quantization_config is None and not changed:
         return
     raw = read_json(base / "config.json")
-    if raw.pop("quantization_config", None) is not None:
-        raw["dtype" if "dtype" in raw else "torch_dtype"] = "bfloat16"
-    raw |= changed
-    if changed.keys() & {"rope_theta", "rope_scaling"} and raw.pop("rope_parameters", None):
+    text = raw["text_config"] if FAMILIES[config.model_type].text else raw
+    for fields in (raw, text):
+        if fields.pop("quantization_config", None) is not None:
+            fields["dtype" if "dtype" in fields else "torch_dtype"] = "bfloat16"
+    text |= changed
+    if changed.keys() & {"rope_theta", "rope_scaling"} and text.pop("rope_parameters", None):
         rope = {k: v for k, v in (config.rope_scaling or {}).items() if k != "rope_theta"}
-        raw |= {"rope_theta": config.rope_theta, "rope_scaling": rope or None}  # one spelling
+        rope = {"rope_type": "yarn", **rope} if rope else None
+        text |= {"rope_theta": config.rope_theta, "rope_scaling": rope}  # one spelling
     write_json(part / "config.json", raw, indent=2)
 
 
@@ -107,8 +104,7 @@ def merged_tensor(stored: StoredTensor, trained: Adapter, config: ModelConfig) -
     if dtype is None:
         raise ValueError(f"{stored.path}: tensor {stored.name} is {stored.dtype}; not supported")
     tensor = torch.empty(stored.shape, dtype=dtype)
-    fused = FUSED.fullmatch(stored.name)
-    pieces = split_experts(stored, config) if fused else {stored.name: stored}
+    pieces = split_experts(stored.name.removeprefix(file_prefix(config)), stored, config)
     for name, piece in pieces.items():
         start = (piece.offset - stored.offset) // DTYPES[stored.dtype].itemsize
         target = tensor.view(-1)[start : start + math.prod(piece.shape)].view(piece.shape)

@@ -33,10 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelConfig:
-    """The fields of a Hugging Face `config.json` that this project reads, under the file's names.
-    checkpoint.py reads them from a file and checks them."""
+    """The fields of a Hugging Face `config.json` that this project reads, under DeepSeek's names.
+    families.py reads them from a file and checks them."""
 
-    model_type: str  # deepseek (DeepSeekMoE-16B), deepseek_v2 or deepseek_v3
+    model_type: str  # the family; families.py lists them
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # width of the dense layers
@@ -48,7 +48,6 @@ class ModelConfig:
     num_experts_per_tok: int
     first_k_dense_replace: int  # so many layers come first that have no experts
     num_key_value_heads: int | None = None  # only deepseek has key-value heads
-    head_dim: int | None = None  # checked, not used: the sizes below define it
     kv_lora_rank: int | None = None  # this field and the next four define latent attention
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -65,19 +64,13 @@ class ModelConfig:
     seq_aux: bool = True  # balance within each row (True) or over all rows of a call
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_scaling: dict | None = None  # YaRN's numbers
     rope_interleave: bool = True
     attention_bias: bool = False
     tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    mlp_bias: bool = False
-    attention_dropout: float = 0.0
+    index_topk: int | None = None  # up to so many tokens a row V3.2's attention is dense, as here
     num_nextn_predict_layers: int = 0  # layers for multi-token prediction, which are not loaded
     quantization_config: dict | None = None
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def rotary_dim(self) -> int:  # R
@@ -88,7 +81,7 @@ class ModelConfig:
     @property
     def cache_width(self) -> int:  # numbers that a token leaves in the cache of a layer
         if self.model_type == "deepseek":
-            return 2 * self.key_value_heads * self.rotary_dim  # keys and values
+            return 2 * self.num_key_value_heads * self.rotary_dim  # keys and values
         return self.kv_lora_rank + self.qk_rope_head_dim  # the latent and the rotary key
 
     @property
@@ -96,8 +89,8 @@ class ModelConfig:
         return self.norm_topk_prob and self.num_experts_per_tok > 1
 
     @property
-    def scales_gates(self) -> bool:  # V3 always, V2 only where it does not normalise
-        return self.model_type == "deepseek_v3" or not self.normalises_gates
+    def scales_gates(self) -> bool:  # V2 normalises or scales, later families do both
+        return self.model_type != "deepseek_v2" or not self.normalises_gates
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
@@ -106,10 +99,11 @@ class ModelConfig:
     def moe_layers(self) -> list[int]:
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe(layer)]
 
-    @property
-    def yarn(self) -> dict | None:  # rope_scaling, if it says YaRN
-        rope = {k: v for k, v in (self.rope_scaling or {}).items() if v is not None}
-        return rope if rope.get("rope_type", rope.get("type")) == "yarn" else None
+    def check_row(self, length: int) -> None:
+        """Raises ValueError for a row that is so long that V3.2's attention would be sparse."""
+        if self.index_topk and length > self.index_topk:
+            what = f"a row has {length} tokens; index_topk is {self.index_topk}"
+            raise ValueError(f"{what}: beyond it attention is sparse, which is not supported")
 
 
 # ------------------------------------------------------------------------------------------
@@ -127,7 +121,7 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
     inverse_frequency = 1.0 / theta ** (pairs / dim)  # (R/2,)
     scale = 1.0
-    if yarn := config.yarn:
+    if yarn := config.rope_scaling:
         factor, length = yarn["factor"], yarn["original_max_position_embeddings"]
 
         def pair_that_turns(times: float) -> float:
@@ -223,7 +217,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         D, bias = config.hidden_size, config.attention_bias
         self.head_dim = config.rotary_dim
-        key_width = config.key_value_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(D, D, bias=bias)
         self.k_proj = nn.Linear(D, key_width, bias=bias)
         self.v_proj = nn.Linear(D, key_width, bias=bias)
@@ -273,9 +267,11 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent_dim)
         self.kv_b_proj = nn.Linear(self.latent_dim, H * (nope + v), bias=False)
         self.o_proj = nn.Linear(H * v, D, bias=bias)
-        self.scale = (nope + R) ** -0.5
-        if c.yarn:
-            self.scale *= yarn_mscale(c.yarn["factor"], c.yarn.get("mscale_all_dim", 0)) ** 2
+        yarn = c.rope_scaling or {}
+        mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim", 0))
+        self.scale = (nope + R) ** -0.5 * mscale**2
+        self.growth = yarn.get("llama_4_scaling_beta", 0)
+        self.trained_length = yarn.get("original_max_position_embeddings")
         self.attend, self.attend_cache = attend, attend_cache
 
     def forward(
@@ -292,6 +288,9 @@ class LatentAttention(nn.Module):
         cos, sin = rope
         low_rank = hasattr(self, "q_a_proj")
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if low_rank else self.q_proj(x)
+        if self.growth:  # Mistral 4's queries grow with their positions, as Llama 4's
+            growth = 1 + self.growth * torch.log1p(positions // self.trained_length)
+            q = q * growth[..., None].to(q.dtype)
         q_nope, q_rope = q.view(B, T, self.heads, -1).split([self.nope_dim, self.rope_dim], -1)
         q_rope = apply_rope(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2), self.interleaved)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], -1)
@@ -541,6 +540,7 @@ class Transformer(nn.Module):
         T), on the CPU and ascending in a row, a token sees only its own document, and positions
         begin anew with each; a cache has none. `run_block` calls a block: see `checkpointed`.
         `watch` is called with the number and the routing of each MoE layer."""
+        self.config.check_row(tokens.shape[1])
         positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
         if cache is not None:
             positions = cache.seen[:, None] + positions  # (B, T)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from families import file_prefix
 from files import read_json, replacing, write_json
 from lora import Update, adaptable, linears, lora_parameters
 from model import MoE, Transformer
@@ -38,7 +39,8 @@ def save_lora(
             "the model's LoRA has several ranks or scalings; only one of each is saved"
         )
     trained = lora_parameters(model) if trained is None else trained
-    tensors = {PEFT_PREFIX + name: p.detach().cpu().clone() for name, p in trained.items()}
+    prefix = PEFT_PREFIX + file_prefix(model.config)
+    tensors = {prefix + name: p.detach().cpu().clone() for name, p in trained.items()}
     # One key alone: safetensors writes several in random order.
     metadata = {"base_fingerprint": model.fingerprint} if model.fingerprint else {"format": "pt"}
     with replacing(Path(directory) / "adapter_model.safetensors") as part:
@@ -270,7 +272,7 @@ def selected_tensors(
     model: Transformer, files: list[Path], expected: dict[str, tuple[int, ...]], prefix: str = ""
 ) -> dict[str, StoredTensor]:
     """Returns the tensors in an adapter's files under the model's names: those of `expected`, in
-    these shapes, and no other. `prefix` stands before each name. Several files may hold copies of a
+    these shapes, and no other. `prefix` stands before the checkpoint's own names. Several files may hold copies of a
     tensor, but only equal ones: the original code's expert-parallel parts have what all ranks train
     in each. Experts that another process holds (train_ep.py) are checked and read there. Raises
     ValueError that names file and tensor."""
@@ -281,6 +283,8 @@ def selected_tensors(
         for e, expert in enumerate(moe.experts)
         if isinstance(expert, nn.Identity)
     )
+    selecting = "adapter_config.json" if prefix else "expert_cfg.json"
+    prefix += file_prefix(model.config)
     found: dict[str, StoredTensor] = {}
     for path in files:
         for stored in read_header(path).values():
@@ -290,7 +294,6 @@ def selected_tensors(
             if name.startswith(elsewhere):
                 continue
             if name not in expected or not stored.name.startswith(prefix):
-                selecting = "adapter_config.json" if prefix else "expert_cfg.json"
                 raise ValueError(
                     f"{path}: tensor {stored.name} is not selected by {path.parent}/{selecting}"
                 )

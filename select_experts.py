@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chat import FORMATS, load_tokenizer
-from checkpoint import choose_dtype, load_model, local_directory, read_config
+from checkpoint import choose_dtype, load_model, local_directory
 from config import Keys, add_keys, key, read_keys
 from data import by_length, encode_file, first_sample, pad, sample_tokens
+from families import read_config
 from fast.packed import QUANTIZATIONS
 from files import check_output_file, read_json, write_json
 from model import Routing, Transformer

@@ -1,5 +1,5 @@
-"""Tensors in safetensors files: where each lies, how it is read straight to its place, FP8 in
-blocks included, and how it is written. Which tensors belong to a checkpoint is in checkpoint.py."""
+"""Tensors in safetensors files: where each lies, how it is read straight to its place, quantised
+ones included, and how it is written. Which belong to a checkpoint is in checkpoint.py."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I4": torch.uint8,  # two integers a byte, the first in the lower half, each plus 8
 }
 READ_BYTES = 2**23  # what one thread reads and converts at a time
 WRITE_BYTES = 2**18  # what is hashed and written at a time: it is still in the cache when written
@@ -32,8 +33,8 @@ class StoredTensor:
     dtype: str  # a key of DTYPES, or a dtype that is not supported
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
-    scale: "StoredTensor | None" = None  # FP8 weights have one factor a block
-    block: tuple[int, int] = (0, 0)  # rows and columns of an FP8 block
+    scale: "StoredTensor | None" = None  # F8_E4M3 and I4 have one factor a block
+    block: tuple[int, int] = (0, 0)  # rows and columns of a block
 
     def check(self, shape, dtypes: tuple[str, ...] = ("BF16", "F16", "F32")) -> None:
         """Raises ValueError for another shape, or a dtype that is none of `dtypes`."""
@@ -45,27 +46,43 @@ class StoredTensor:
         if self.dtype not in dtypes and self.scale is None:
             raise ValueError(f"{where} is {self.dtype}; supported: {', '.join(dtypes)}")
 
+    def bytes_of(self, count: int) -> int:
+        return count // 2 if self.dtype == "I4" else count * DTYPES[self.dtype].itemsize
+
     def part(self, skipped: int, shape: tuple[int, ...]) -> "StoredTensor":
         """Returns the tensor of that shape that begins `skipped` elements later."""
-        size = DTYPES[self.dtype].itemsize
-        return replace(self, shape=shape, offset=self.offset + skipped * size)
+        return replace(self, shape=shape, offset=self.offset + self.bytes_of(skipped))
 
     def read(self, out: Tensor | None = None) -> Tensor:
-        """Returns the stored values, in the stored dtype, on the CPU. `out`, if given, is a
-        contiguous tensor of that shape and dtype that receives them."""
+        """Returns the stored values on the CPU, in the stored dtype, I4 as int8. `out`, if given,
+        is a contiguous tensor of that shape and dtype that receives them."""
         if out is None:
-            out = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+            memory = torch.empty(self.bytes_of(math.prod(self.shape)), dtype=torch.uint8)
+        else:
+            memory = out.view(-1).view(torch.uint8)
+        self.read_bytes(memory)
+        return self.values(memory)
+
+    def values(self, memory: Tensor) -> Tensor:
+        """Returns the tensor that the file's bytes mean, on the device of `memory`."""
+        if self.dtype == "I4":
+            halves = torch.stack([memory & 15, memory >> 4], -1)
+            return (halves.to(torch.int8) - 8).view(self.shape)
+        return memory.view(DTYPES[self.dtype]).view(self.shape)
+
+    def read_bytes(self, memory: Tensor) -> None:
+        """Fills uint8 memory on the CPU."""
+        view = memoryview(memory.numpy())
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             while view:
                 if not (count := file.readinto(view)):
                     raise ValueError(f"{self.path}: ends within tensor {self.name}")
                 view = view[count:]
-        return out
 
     def read_scale(self) -> Tensor:
-        """Returns the factors of FP8 weights. Raises ValueError that names one that cannot be."""
+        """Returns the factors of quantised weights. Raises ValueError that names one that cannot
+        be."""
         scale = self.scale.read()
         if not (scale.isfinite() & (scale >= 0)).all():
             raise ValueError(
@@ -75,17 +92,17 @@ class StoredTensor:
         return scale
 
     def copy_to(self, target: Tensor, buffer: Tensor | None = None) -> None:
-        """Fills `target`, on any device and in any dtype, by blocks of rows. FP8 weights are
+        """Fills `target`, on any device and in any dtype, by blocks of rows. Quantised weights are
         multiplied by their scales in float32. `buffer` is uint8 memory to read into."""
         if not self.shape or 0 in self.shape:  # one number, or none
             target.copy_(self.read())
             return
         rows, width = self.shape[0], math.prod(self.shape[1:])
-        row_bytes = width * DTYPES[self.dtype].itemsize
+        row_bytes = self.bytes_of(width)
         step = max(READ_BYTES // row_bytes, 1)
         scale = None
-        if self.scale is not None:
-            step = max(step // (4 * self.block[0]), 1) * self.block[0]  # float32 is 4 times FP8
+        if self.scale is not None:  # float32 is 4 times FP8
+            step = max(step // (4 * self.block[0]), 1) * self.block[0]
             scale = self.read_scale().to(target.device)
         in_place = target.dtype == DTYPES[self.dtype] and target.device.type == "cpu"
         in_place = in_place and target.is_contiguous()
@@ -99,7 +116,8 @@ class StoredTensor:
             size = shape[0] * row_bytes
             fits = buffer is not None and size <= len(buffer)
             memory = buffer[:size] if fits else torch.empty(size, dtype=torch.uint8)
-            values = stored.read(memory.view(DTYPES[self.dtype]).view(shape)).to(target.device)
+            stored.read_bytes(memory)
+            values = stored.values(memory.to(target.device))
             if scale is not None:
                 start = first // self.block[0]
                 values = dequantise(values, scale[start:], self.block)
@@ -115,7 +133,7 @@ def spread(scale: Tensor, rows: int, columns: int, block: tuple[int, int]) -> Te
 
 
 def dequantise(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """values (..., rows, columns) in FP8 times scale -> float32; see `spread`.
+    """values (..., rows, columns), FP8 or integers, times scale -> float32; see `spread`.
 
     Files call the factor `weight_scale_inv`, but weights are multiplied by it."""
     return values.float().mul_(spread(scale, *values.shape[-2:], block))

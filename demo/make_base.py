@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
-from checkpoint import build_model, read_config  # noqa: E402
+from checkpoint import build_model  # noqa: E402
+from families import read_config  # noqa: E402
 from files import replacing, write_json  # noqa: E402
 
 # The fields of DeepSeek-V2-Lite's config.json; 64 experts of which a token uses 6, as there.

@@ -65,8 +65,8 @@ def random_config(seed: int, family: str = "deepseek_v2") -> dict:
             beta_fast=32,
             beta_slow=1,
         )
-    if family == "deepseek_v3":
-        del config["topk_method"]  # transformers' configs of V3 do not name it
+    if family not in ("deepseek", "deepseek_v2"):
+        del config["topk_method"]  # transformers' configs of V3 and later do not name it
         config.update(
             norm_topk_prob=seed % 4 != 1,
             n_group=draw.choice([1, 2, 4]),
@@ -74,6 +74,22 @@ def random_config(seed: int, family: str = "deepseek_v2") -> dict:
             tie_word_embeddings=seed % 6 == 5,
         )
         config["topk_group"] = draw.randint(min(2, config["n_group"]), config["n_group"])
+    if family in ("deepseek_v32", "glm_moe_dsa"):
+        config.update(q_lora_rank=12, rope_interleave=True)
+        config.update(index_topk=70, index_n_heads=2, index_head_dim=16)
+    if family == "glm4_moe_lite":
+        dense = config["first_k_dense_replace"]
+        config["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (3 - dense)
+    if family in ("mistral3", "mistral4"):
+        config.update(n_group=1, topk_group=1)
+        yarn = dict(
+            rope_type="yarn", rope_theta=10000.0, factor=4.0, mscale=1.0, mscale_all_dim=1.0
+        )
+        config.setdefault("rope_parameters", yarn | {"beta_fast": 32, "beta_slow": 1})
+        config["rope_parameters"] |= dict(
+            original_max_position_embeddings=draw.choice([16, 64]),
+            llama_4_scaling_beta=draw.choice([0.1, 0.5]),
+        )
     if family == "deepseek":
         for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
             del config[name]
@@ -152,6 +168,45 @@ def one_by_one(tensors: dict) -> dict:
     return separate
 
 
+NATIVE = {  # the configuration and the model of transformers
+    "deepseek_v2": ("DeepseekV2Config", "DeepseekV2ForCausalLM"),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
+    "deepseek_v32": ("DeepseekV32Config", "DeepseekV32ForCausalLM"),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM"),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", "GlmMoeDsaForCausalLM"),
+    "kimi_k2": ("DeepseekV3Config", "DeepseekV3ForCausalLM"),  # has no class of its own
+    "kimi_k25": ("Kimi_K25Config", "Kimi_K25ForConditionalGeneration"),
+    "mistral3": ("Mistral3Config", "Mistral3ForConditionalGeneration"),
+    "mistral4": ("Mistral4Config", "Mistral4ForCausalLM"),
+    "sarvam_mla": ("SarvamMLAConfig", "DeepseekV3ForCausalLM"),
+}
+
+
+WHOLE = ("kimi_k25", "mistral3")  # have a vision part, too
+
+
+def native_model(transformers, family: str, fields: dict):
+    config_class, model_class = (getattr(transformers, name) for name in NATIVE[family])
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+    if family == "kimi_k25":
+        ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        fields = dict(
+            text_config={"model_type": "deepseek_v3", **fields},
+            vision_config={**small, "pos_emb_height": 4, "pos_emb_width": 4},
+            tie_word_embeddings=fields["tie_word_embeddings"],
+            projection_hidden_size=32,
+            **{name: 92 + i for i, name in enumerate(ids)},
+        )
+    if family == "mistral3":
+        fields = dict(
+            text_config={"model_type": "mistral4", **fields},
+            vision_config={**small, "model_type": "pixtral", "image_size": 28, "patch_size": 14},
+            tie_word_embeddings=fields["tie_word_embeddings"],
+            image_token_index=95,
+        )
+    return model_class(config_class(**fields))
+
+
 def make_oracle(seed: int, family: str = "deepseek_v2", **changes):
     """A random model that nobody here wrote, with weights large enough to tell errors."""
     import transformers
@@ -161,16 +216,30 @@ def make_oracle(seed: int, family: str = "deepseek_v2", **changes):
     if family == "deepseek":
         oracle = LlamaMoE(fields)
     else:
-        name = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}[family]
-        config = getattr(transformers, f"{name}Config")(**fields)
-        oracle = getattr(transformers, f"{name}ForCausalLM")(config)
+        oracle = native_model(transformers, family, fields)
     with torch.no_grad():  # transformers' initial weights are so small that every logit is about 0
         for name, parameter in oracle.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
         for name, buffer in oracle.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.3)
-    return oracle.eval()
+    return TextPart(oracle).eval() if family in WHOLE else oracle.eval()
+
+
+class TextPart(torch.nn.Module):
+    """The language model of one that reads images, too."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.__dict__["whole"] = whole  # not as a part of this one
+        self.model, self.lm_head, self.config = (
+            whole.model.language_model,
+            whole.lm_head,
+            whole.config,
+        )
+
+    def forward(self, tokens):
+        return self.whole(tokens)
 
 
 def save_with_transformers(directory, seed: int = 1, max_shard_size="50GB", **changes):

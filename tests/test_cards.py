@@ -14,9 +14,10 @@ from test_model import small_config
 from torch.utils._python_dispatch import _disable_current_modes
 
 import train as trainer
-from checkpoint import build_model, load_model, read_config
+from checkpoint import build_model, load_model
 from config import read_keys
 from data import Rows
+from families import read_config
 from fast.packed import PackedExperts, memory
 from generate import generate
 from processes import SingleProcess

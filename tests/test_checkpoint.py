@@ -7,7 +7,8 @@ import torch
 from conftest import random_config, save_with_transformers
 from safetensors.torch import load_file, save_file
 
-from checkpoint import build_model, load_model, read_config
+from checkpoint import build_model, load_model
+from families import read_config
 from model import rope_table
 
 TOKENS = torch.randint(

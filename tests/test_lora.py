@@ -39,7 +39,8 @@ from adapter import (
     trained_parameters,
 )
 from benchmarks.v2_lite import V2_LITE
-from checkpoint import build_model, load_model, read_config
+from checkpoint import build_model, load_model
+from families import read_config
 from fast.lora import experts_with_lora
 from lora import add_lora, linears, lora_parameters, remove_lora, whole
 from merge import merge

@@ -11,8 +11,9 @@ from test_model import small_config
 from test_train import metrics, settings
 
 from benchmarks.v2_lite import V2_LITE
-from checkpoint import build_model, load_model, read_config
+from checkpoint import build_model, load_model
 from data import Rows
+from families import read_config
 from fast import StackedExperts
 from model import ModelConfig
 from processes import SingleProcess

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"model", "files", "stored_tensors", "config", "processes"},
-    {"fast", "chat"},
+    {"fast", "chat", "families"},
     {"checkpoint"},
     {"lora", "data"},
     {"peft_format"},

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 import train as trainer
 from adapter import load_adapter
 from chat import load_tokenizer
-from checkpoint import load_model, read_config
+from checkpoint import load_model
 from config import read_keys
 from data import encode_file, pack, sample_tokens
+from families import read_config
 from fast import token_losses
 from merge import merge
 from select_experts import collect_scores, scoring_batches

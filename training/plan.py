@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapter import everything, read_expert_cfg
-from checkpoint import build_model, local_directory, read_config
+from checkpoint import build_model, local_directory
 from data import micro_batches
+from families import read_config
 from fast.packed import QUANTIZATIONS, memory
 from files import read_json
 from model import ModelConfig, Transformer
