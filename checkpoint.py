@@ -68,11 +68,13 @@ def stored_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTens
         raise FileNotFoundError(f"{directory}: no {whole.name} and no {index.name}")
     for name in [name for name in tensors if name.endswith(".weight_packed")]:
         unpack_int4(name, tensors, config)
-    for stored in tensors.values():
+    for name, stored in tensors.items():
         if stored.dtype == "F8_E4M3":
-            add_scale(stored, f"{stored.name}_scale_inv", tensors, config)
-    scales = {stored.scale.name for stored in tensors.values() if stored.scale is not None}
-    return {name: stored for name, stored in tensors.items() if name not in scales}
+            add_scale(stored, f"{name}_scale_inv", tensors, config)
+    used = {stored.scale.name for stored in tensors.values() if stored.scale is not None}
+    if config.quantization_config is not None:  # what only products in FP8 need
+        used |= {name for name in tensors if name.endswith("activation_scale")}
+    return {name: stored for name, stored in tensors.items() if name not in used}
 
 
 def indexed_tensors(index: Path) -> dict[str, StoredTensor]:
@@ -100,15 +102,19 @@ def add_scale(
     stored: StoredTensor, name: str, tensors: dict[str, StoredTensor], config: ModelConfig
 ) -> None:
     """Gives quantised weights their scales, which are the tensor of that name."""
-    if config.quantization_config is None or name not in tensors or len(stored.shape) != 2:
+    form = config.quantization_config
+    block = block_size(form) if form else None
+    dimensions = (2,) if block else (2, 3)  # a factor a matrix is known of fused experts, too
+    if form is None or name not in tensors or len(stored.shape) not in dimensions:
         raise ValueError(
             f"{stored.path}: tensor {stored.name} is {stored.dtype}; required: a matrix, a tensor "
             f"{name}, and quantization_config in config.json"
         )
-    stored.block = block_size(config.quantization_config)
-    blocks = [-(-size // block) for size, block in zip(stored.shape, stored.block)]
-    tensors[name].check(blocks, ("F32", "BF16") if stored.dtype == "I4" else ("F32",))
-    stored.scale = tensors[name]
+    *experts, rows, columns = stored.shape
+    stored.block, scale = block or (rows, columns), tensors[name]
+    blocks = [-(-size // side) for size, side in zip((rows, columns), stored.block)]
+    stored.scale = scale if scale.shape else replace(scale, shape=(1, 1))
+    stored.scale.check([*experts, *blocks], ("F32", "BF16"))
 
 
 def unpack_int4(name: str, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
@@ -125,7 +131,7 @@ def unpack_int4(name: str, tensors: dict[str, StoredTensor], config: ModelConfig
     tensors[weight] = stored
 
 
-FUSED = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts\.)(gate_up_proj|down_proj)")
+FUSED = re.compile(r"(model\.layers\.(\d{1,9})\.mlp\.experts\.)(gate_up_proj|down_proj)")
 
 
 def split_experts(name: str, stored: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:
@@ -136,13 +142,15 @@ def split_experts(name: str, stored: StoredTensor, config: ModelConfig) -> dict[
     prefix, _, kind = fused.groups()
     E, I, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     stored.check((E, 2 * I, D) if kind == "gate_up_proj" else (E, D, I))
-    if kind == "down_proj":
-        return {f"{prefix}{e}.down_proj.weight": stored.part(e * D * I, (D, I)) for e in range(E)}
-    return {
-        f"{prefix}{e}.{half}_proj.weight": stored.part((2 * e + i) * I * D, (I, D))
-        for e in range(E)
-        for i, half in enumerate(("gate", "up"))
-    }
+    names, shape = (("gate", "up"), (I, D)) if kind == "gate_up_proj" else (("down",), (D, I))
+    parts = {}
+    for e in range(E):
+        for i, half in enumerate(names):
+            part = stored.part((len(names) * e + i) * I * D, shape)
+            if stored.scale is not None:  # one factor an expert
+                part = replace(part, scale=stored.scale.part(e, (1, 1)), block=shape)
+            parts[f"{prefix}{e}.{half}_proj.weight"] = part
+    return parts
 
 
 # ------------------------------------------------------------------------------------------

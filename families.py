@@ -29,8 +29,8 @@ class Family:
     required: tuple[str, ...] = LATENT  # fields that not every family has
     names: dict[str, str] = field(default_factory=dict)  # the file's name of a field -> DeepSeek's
     whole_heads: bool = False  # partial_rotary_factor is a part of a head, not of its rotary part
-    # Where the language model is a part of the whole: the model_types that text_config may have, and
-    # what begins the names of its tensors.
+    # Where the language model is a part of the whole: the model_types that text_config may have,
+    # and what the names of its tensors begin with.
     text: tuple[str, ...] = ()
     prefix: str = ""
     unread: tuple[str, ...] = ()  # parts of names of tensors that only a merged checkpoint needs
@@ -325,7 +325,8 @@ def rope_problems(config: ModelConfig) -> Iterator[str]:
 
 
 def quantization_problems(form: dict | None) -> Iterator[str]:
-    """V3's form is supported, e4m3 in blocks, and Kimi's, integers of 4 bits in groups of a row."""
+    """Supported are e4m3 in blocks (V3) or with one scale a matrix (Mistral 4), and integers of 4
+    bits in groups of a row (Kimi)."""
     if form is None:
         return
     if not isinstance(form, dict):
@@ -338,7 +339,8 @@ def quantization_problems(form: dict | None) -> Iterator[str]:
         return
     if form.get("fmt", "e4m3") != "e4m3":
         yield f"fmt is {form['fmt']!r}; supported: 'e4m3'"
-    block = form.get("weight_block_size")
+    if (block := form.get("weight_block_size", ())) is None:
+        return
     if not (isinstance(block, list) and [type(size) for size in block] == [int, int]):
         yield f"weight_block_size is {block!r}; two integers are required"
     if not all(1 <= size < 2**19 for size in block):
@@ -363,8 +365,9 @@ def int4_problems(form: dict) -> Iterator[str]:
         yield f"group_size is {size!r}; supported: 32, 64, 128"
 
 
-def block_size(form: dict) -> tuple[int, int]:
-    """Returns the rows and columns that share a scale, from a checked quantization_config."""
+def block_size(form: dict) -> tuple[int, int] | None:
+    """Returns the rows and columns that share a scale, from a checked quantization_config; None if
+    all of a matrix do."""
     if form["quant_method"] == "fp8":
-        return tuple(form["weight_block_size"])
+        return form["weight_block_size"] and tuple(form["weight_block_size"])
     return 1, next(iter(form["config_groups"].values()))["weights"]["group_size"]

@@ -35,7 +35,7 @@ def generate(
 ) -> Rows:
     """Returns the greedy continuation of each prompt, up to the first of `eos_ids`. Prompts may
     have any lengths, and a row does not depend on the others in its batch. Raises ValueError for
-    an empty prompt."""
+    an empty prompt, and for one that is too long (`ModelConfig.check_row`)."""
     rows = dict(generate_each(model, prompts, max_new_tokens, eos_ids, batch_size))
     return [rows[i] for i in range(len(prompts))]
 
@@ -57,6 +57,7 @@ def generate_each(
         return
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is last
     longest = len(prompts[waiting[-1]])
+    model.config.check_row(longest + max_new_tokens, "a prompt's length with max_new_tokens")
     length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
     on_gpu = model.lm_head.weight.is_cuda
     most = batch_size or 64

@@ -99,11 +99,11 @@ class ModelConfig:
     def moe_layers(self) -> list[int]:
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe(layer)]
 
-    def check_row(self, length: int) -> None:
+    def check_row(self, length: int, what: str = "the length of a row") -> None:
         """Raises ValueError for a row that is so long that V3.2's attention would be sparse."""
         if self.index_topk and length > self.index_topk:
-            what = f"a row has {length} tokens; index_topk is {self.index_topk}"
-            raise ValueError(f"{what}: beyond it attention is sparse, which is not supported")
+            sparse = "beyond it attention is sparse, which is not supported"
+            raise ValueError(f"{what} is {length}; index_topk is {self.index_topk}: {sparse}")
 
 
 # ------------------------------------------------------------------------------------------

@@ -290,7 +290,8 @@ def check_arguments(arguments: argparse.Namespace, config: SelectionConfig) -> N
 def scores_of_data(config: SelectionConfig, ranks: SingleProcess) -> Scores:
     """Returns the scores of the config's model on samples of its data, the same on all ranks."""
     base = local_directory(config.model)
-    read_config(base, config.model_config)  # refuses what is not supported before data is read
+    # Refuses what is not supported before data is read.
+    read_config(base, config.model_config).check_row(config.seq_length, "seq_length")
     tokenizer = load_tokenizer(base, config.chat_format)
     samples = encode_file(config.data, tokenizer)
     print(first_sample(samples, tokenizer), flush=True)

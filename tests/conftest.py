@@ -77,6 +77,8 @@ def random_config(seed: int, family: str = "deepseek_v2") -> dict:
     if family in ("deepseek_v32", "glm_moe_dsa"):
         config.update(q_lora_rank=12, rope_interleave=True)
         config.update(index_topk=70, index_n_heads=2, index_head_dim=16)
+    if family == "kimi_k25":  # transformers 5.24 takes a q_proj for the vision part's
+        config["q_lora_rank"] = 12
     if family == "glm4_moe_lite":
         dense = config["first_k_dense_replace"]
         config["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (3 - dense)

@@ -147,7 +147,7 @@ V3 = {**LITE, "hidden_size": 7168, "moe_intermediate_size": 2048, "num_attention
 V3 |= {"n_routed_experts": 256, "num_experts_per_tok": 8, "q_lora_rank": 1536}
 V3 |= {"intermediate_size": 18432, "vocab_size": 129280}
 MHA = {name: v for name, v in LITE.items() if name[:3] not in ("kv_", "qk_", "v_h", "rop")}
-MHA |= {"model_type": "deepseek"}
+MHA |= {"model_type": "deepseek", "num_key_value_heads": 16}
 
 
 @pytest.mark.parametrize("rows, longest", [(1, 1000), (48, 1000), (2, 20_000)])

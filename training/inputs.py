@@ -37,6 +37,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     if not whole.config.moe_layers:
         fields = f"{base}/config.json: first_k_dense_replace and moe_layer_freq"
         raise ValueError(f"{fields} leave no MoE layer; there are no experts to score")
+    whole.config.check_row(config.seq_length, "seq_length")
     count = sum(p.numel() for p in whole.parameters())
     settle_compile(config, whole.config, count)
     tokenizer = load_tokenizer(base, config.chat_format)

@@ -194,6 +194,7 @@ def plan(
         raise ValueError(f"device is {config.device!r}; must be cpu or cuda")
     base = local_directory(config.model, files=["config.json"])
     model_config = read_config(base, config.model_config)
+    model_config.check_row(config.seq_length, "seq_length")
     expert_cfg, what = planned_experts(config, model_config)
     columns = rehearse(model_config, expert_cfg) if rehearse else [SingleProcess()]
     whole = build_model(model_config, "meta")
