@@ -79,9 +79,6 @@ def random_config(seed: int, family: str = "deepseek_v2") -> dict:
         config.update(index_topk=70, index_n_heads=2, index_head_dim=16)
     if family == "kimi_k25":  # transformers 5.24 takes a q_proj for the vision part's
         config["q_lora_rank"] = 12
-    if family == "glm4_moe_lite":
-        dense = config["first_k_dense_replace"]
-        config["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (3 - dense)
     if family in ("mistral3", "mistral4"):
         config.update(n_group=1, topk_group=1)
         yarn = dict(
@@ -190,6 +187,11 @@ WHOLE = ("kimi_k25", "mistral3")  # have a vision part, too
 def native_model(transformers, family: str, fields: dict):
     config_class, model_class = (getattr(transformers, name) for name in NATIVE[family])
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+    if family == "glm4_moe_lite":
+        fields = dict(fields)
+        dense = fields.pop("first_k_dense_replace")
+        sparse = fields["num_hidden_layers"] - dense
+        fields["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
     if family == "kimi_k25":
         ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         fields = dict(

@@ -50,8 +50,8 @@ def published_config(oracle, family: str, seed: int, new_spelling: bool) -> dict
         text["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
         for theirs, ours in OLD_NAMES.get(family, {}).items():
             text[theirs] = text.pop(ours)
-        if text.pop("mlp_layer_types", None) and family == "glm4_moe_lite":
-            text["first_k_dense_replace"] = random_config(seed, family)["first_k_dense_replace"]
+        if kinds := text.pop("mlp_layer_types", None):
+            text["first_k_dense_replace"] = kinds.count("dense")
     return config
 
 

@@ -14,10 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, one_by_one, save_tokenizer, save_with_transformers, write_checkpoint
+from conftest import (
+    ROOT,
+    make_oracle,
+    one_by_one,
+    save_tokenizer,
+    save_with_transformers,
+    write_checkpoint,
+)
 from rank_pool import TORCHRUN, run_command_on_ranks, run_on_ranks
 from rank_worker import RecordingAlone
 from safetensors.torch import load_file
+from test_families import LATER
+from test_other_families import save_pretrained
 from test_saving import contents, steps_kept
 from test_train import metrics
 
@@ -39,12 +48,18 @@ def errors(folder, name: str, ranks: int) -> list[str | None]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, str]:
-    """Tiny bases with V2's and V3's gates, and one of V3 whose experts 4 and 5 no token reaches."""
+    """Tiny bases with V2's and V3's gates, one of V3 whose experts 4 and 5 no token reaches, and one
+    of each later family."""
     paths = {}
     for family in ("deepseek_v2", "deepseek_v3"):
         path = tmp_path_factory.mktemp(family)
         sizes = dict(vocab_size=258, first_k_dense_replace=1, tie_word_embeddings=False)
         save_with_transformers(path, seed=2, family=family, **sizes)
+        save_tokenizer(path)
+        paths[family] = str(path)
+    for family in LATER:
+        path = tmp_path_factory.mktemp(family)
+        save_pretrained(make_oracle(2, family, **sizes), family, path)
         save_tokenizer(path)
         paths[family] = str(path)
     path = tmp_path_factory.mktemp("unreached")
@@ -176,6 +191,8 @@ def runs(bases, chats, tmp_path_factory):
             },
         ),
     }
+    cases |= {family: (bases[family], {}) for family in LATER}
+    cases["kimi_k25.lora"] = bases["kimi_k25"], METHODS["lora"]
     recorded = {}
     for name, (base, changes) in cases.items():
         alone = RecordingAlone()
@@ -192,7 +209,7 @@ def runs(bases, chats, tmp_path_factory):
             }
             for name, (base, changes) in cases.items()
             for count, ep_size in LAYOUTS
-            if count == ranks
+            if count == ranks and (name in CASES or (count, ep_size) == (2, 2))
         ]
         run_on_ranks(ranks, folder, cases=listed)
     return folder, recorded
@@ -202,8 +219,11 @@ CASES = [f"{family}.{method}" for family in ("deepseek_v2", "deepseek_v3") for m
 CASES += ["few", "few.checkpointing", "unreached", "host optimizer", "fp8", "nf4", "small batch"]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ranks, ep_size", LAYOUTS)
+ALL = [(name, *layout) for name in CASES for layout in LAYOUTS]
+ALL += [(name, 2, 2) for name in (*LATER, "kimi_k25.lora")]
+
+
+@pytest.mark.parametrize("name, ranks, ep_size", ALL)
 def test_a_run_on_ranks_equals_one_process(runs, name, ranks, ep_size):
     folder, recorded = runs
     case = f"{name}.{ranks}.{ep_size}"
