@@ -26,7 +26,7 @@ from stored_tensors import READ_BYTES, StoredTensor, read_header
 # ------------------------------------------------------------------------------------------
 # Files
 
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*"]
+CHECKPOINT_FILES = ["*.json", "tiktoken.model", "*.safetensors", "*.jinja", "LICENSE*"]
 
 
 def local_directory(

@@ -42,7 +42,7 @@ from tasks import TASKS, Ask, Judge, Result, read_examples, score
 SECONDS_BETWEEN_WORDS = 60.0  # on how far a run is, where no progress bar shows it
 # What decides prompts and ends beside the weights. Those that a checkpoint lacks do not count.
 SETTINGS = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
-SETTINGS += ["chat_template.jinja"]
+SETTINGS += ["tiktoken.model", "chat_template.jinja"]
 WEEK = 7 * 24 * 3600.0  # seconds; a rank waits as long as another one decodes
 
 

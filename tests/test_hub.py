@@ -93,7 +93,7 @@ def hub(checkpoint, tmp_path):
     shutil.copytree(checkpoint, directory)
     (directory / "modeling_deepseek.py").write_text("raise SystemExit")
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
-    (directory / "tiktoken.model").write_bytes(b"IQ== 0")
+    (directory / "tiktoken.model").write_bytes(b"IQ== 0")  # not read beside a tokenizer.json
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repositories = {"org/tiny": directory, "org/gated": None}
     server.requests, server.broken = [], set()
@@ -139,7 +139,8 @@ def test_a_command_by_hub_name_then_from_the_cache_then_offline(hub, chat_file, 
     first = run(hub, tmp_path, *command, tmp_path / "first.json")
     assert first.returncode == 0, first.stderr
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    never = {"modeling_deepseek.py", "pytorch_model.bin", "tiktoken.model"}
+    wanted |= {"tiktoken.model"}
+    never = {"modeling_deepseek.py", "pytorch_model.bin"}
     assert wanted <= set(bodies(hub)) and not never & set(bodies(hub))
     cached = {path.name for path in (tmp_path / "home").rglob("*")}
     assert wanted <= cached and not never & cached
