@@ -192,7 +192,7 @@ class Chat:
         message."""
         if not self.ending:
             said = f"has {self.tail!r:.40} behind an answer, which is no special token"
-            needed = "one must end it, in the template and in tokenizer.json; or set chat_format"
+            needed = "one must end it, in the template and in the tokenizer; or set chat_format"
             raise ValueError(f"the chat template ({self.source}) {said}; {needed}")
         whole, pieces, done = self.render(messages), [], 0
         self.check_kept(messages, whole)

@@ -7,6 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from chat.template import CHAT_FORMATS, OWN, Chat
+from chat.tiktoken_file import open_tiktoken
 from files import read_json
 
 FORMAT_OF_FAMILY = {"deepseek": "deepseek_v2"}  # others have a format of the model_type's name
@@ -42,40 +43,49 @@ def load_tokenizer(directory: str | Path, chat_format: str = "") -> Tokenizer:
     template, or without one that of the model_type in config.json. Raises FileNotFoundError or
     ValueError that names file and field."""
     directory = Path(directory)
-    inner, config_path = read_tokenizer(directory), directory / "tokenizer_config.json"
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: must be a JSON object")
-    tokens = named_tokens(config)
+    path, config_path = tokenizer_file(directory), directory / "tokenizer_config.json"
+    config = read_config(config_path)
+    inner, tokens = read_tokenizer(path, config), named_tokens(config)
     ids = {name: inner.token_to_id(text) for name, text in tokens.items()}
     for field in ("bos_token", "eos_token"):
         optional = field == "bos_token" and config.get(field) is None
         if ids.get(field) is None and not optional:
             found = f"{field} is {config.get(field)!r}"
-            raise ValueError(f"{config_path}: {found}; must be a token of tokenizer.json")
+            raise ValueError(f"{config_path}: {found}; must be a token of {path.name}")
     settings = read_settings(directory)
-    check_ids(inner, config, directory, settings["config.json"])
+    check_ids(inner, config, path, settings["config.json"])
     chat = read_chat(directory, chat_format, config, settings["config.json"], tokens, inner)
     ends = [ids["eos_token"], *map(inner.token_to_id, sorted(chat.ends))]
     for name, values in settings.items():
-        ends += end_ids(values.get("eos_token_id"), inner, directory / name)
+        ends += end_ids(values.get("eos_token_id"), inner, directory / name, path)
     bos_id = ids["bos_token"] if chat.bos else None
     return Tokenizer(inner, bos_id, list(dict.fromkeys(ends)), chat)
 
 
-def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+def tokenizer_file(directory: Path) -> Path:
+    """Returns the file that holds a checkpoint's tokens: tokenizer.json, else a tiktoken file."""
     path = directory / "tokenizer.json"
-    tiktoken = sorted(directory.glob("*tiktoken*"))
-    if tiktoken and not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; {tiktoken[0].name} is a tiktoken file, which is not read. "
-            "Convert it once, with the pattern and special tokens of the checkpoint's own "
-            "tokenizer code: transformers.integrations.tiktoken.convert_tiktoken_to_fast("
-            f"tiktoken.Encoding(...), {str(directory)!r})"
-        )
-    for needed in (path, directory / "tokenizer_config.json"):
-        if not needed.is_file():
-            raise FileNotFoundError(f"{needed}: no such file")
+    tiktoken = [directory / "tiktoken.model", *sorted(directory.glob("*.tiktoken"))]
+    found = [file for file in (path, *tiktoken) if file.is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path}: no such file, and no tiktoken.model beside it")
+    return found[0]
+
+
+def read_config(path: Path) -> dict:
+    """Returns what tokenizer_config.json holds; added_tokens_decoder is {} if it says nothing."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    config["added_tokens_decoder"] = config.get("added_tokens_decoder") or {}
+    if not isinstance(config["added_tokens_decoder"], dict):
+        raise ValueError(f"{path}: added_tokens_decoder must be an object")
+    return config
+
+
+def read_tokenizer(path: Path, config: dict) -> tokenizers.Tokenizer:
+    if path.name != "tokenizer.json":
+        return open_tiktoken(path, config)
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a file that it cannot read
@@ -104,33 +114,31 @@ def read_settings(directory: Path) -> dict[str, dict]:
     return settings
 
 
-def check_ids(inner: tokenizers.Tokenizer, config: dict, directory: Path, model: dict) -> None:
+def check_ids(inner: tokenizers.Tokenizer, config: dict, path: Path, model: dict) -> None:
     """Raises ValueError for a token whose id the model has no row for, or for which
-    tokenizer_config.json says another id than tokenizer.json."""
-    path, rows = directory / "tokenizer.json", model.get("vocab_size", math.inf)
+    tokenizer_config.json says another id than the tokenizer's file `path`."""
+    rows = model.get("vocab_size", math.inf)
     token, number = max(inner.get_vocab().items(), key=lambda item: item[1])
     if isinstance(rows, int | float) and number >= rows:
         said = f"token {token!r} has id {number}"
         raise ValueError(f"{path}: {said}; vocab_size is {rows}, so it must be below")
-    added = config.get("added_tokens_decoder") or {}
-    path = directory / "tokenizer_config.json"
-    if not isinstance(added, dict):
-        raise ValueError(f"{path}: added_tokens_decoder must be an object")
-    for said, token in added.items():
+    for said, token in config["added_tokens_decoder"].items():
         text = token.get("content") if isinstance(token, dict) else None
         number = inner.token_to_id(text) if isinstance(text, str) else None
         if str(number) != said:
             found = f"added_tokens_decoder says {said!r} for token {text!r}"
-            raise ValueError(f"{path}: {found}; in tokenizer.json it is {number}")
+            where = path.with_name("tokenizer_config.json")
+            raise ValueError(f"{where}: {found}; in {path.name} it is {number}")
 
 
-def end_ids(value, inner: tokenizers.Tokenizer, path: Path) -> list[int]:
-    """Returns the ids of a field eos_token_id: a number, a list of numbers, or null."""
+def end_ids(value, inner: tokenizers.Tokenizer, where: Path, path: Path) -> list[int]:
+    """Returns the ids of a field eos_token_id in the file `where`: a number, a list of numbers, or
+    null. `path` is the tokenizer's file."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < 2**31 or inner.id_to_token(number) is None:
             said = f"eos_token_id is {value!r}"
-            raise ValueError(f"{path}: {said}; ids of tokens of tokenizer.json are required")
+            raise ValueError(f"{where}: {said}; ids of tokens of {path.name} are required")
     return ids
 
 

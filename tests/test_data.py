@@ -87,12 +87,6 @@ def test_v3_messages_need_v3_tokens(tmp_path):
     assert len(encode_file(rows, tokenizer)) == 1
 
 
-def test_a_tiktoken_file_alone_is_refused_with_the_way_to_convert_it(tmp_path):
-    (tmp_path / "tiktoken.model").write_text("IQ== 0")
-    with pytest.raises(FileNotFoundError, match="tiktoken.model .*convert_tiktoken_to_fast"):
-        load_tokenizer(tmp_path)
-
-
 def test_prompt_completion_rows_stand_as_they_are_and_arrays_are_read(tokenizer, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(
