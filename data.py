@@ -232,7 +232,7 @@ def main() -> None:
         for name in ("model", "data"):
             if not getattr(config, name):
                 raise ValueError(f"--{name} is required")
-        base = local_directory(config.model, files=["*.json", "*.jinja"])  # and no weights
+        base = local_directory(config.model, files=["*.json", "*.jinja", "tiktoken.model"])
         tokenizer = load_tokenizer(base, config.chat_format)
         samples = encode_file(config.data, tokenizer)
     except (ValueError, OSError) as error:

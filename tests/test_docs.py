@@ -17,8 +17,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed.run
-from conftest import ROOT
+from conftest import ROOT, make_oracle, one_by_one, write_checkpoint
 
 from config import read_keys
 from training.config import TrainConfig
@@ -297,7 +298,8 @@ def recipes() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def test_recipes_touch_one_file_in_a_handful_of_lines():
-    assert list(recipes()) == ["A new selection rule", "A new task", "A new gate"]
+    named = ["A new selection rule", "A new task", "A new gate", "A new family"]
+    assert list(recipes()) == named
     for section, edits in recipes().items():
         assert len({file for file, _, _ in edits}) == 1, section
         changed = [difflib.ndiff(old.splitlines(), new.splitlines()) for _, old, new in edits]
@@ -317,9 +319,26 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+def save_kimi_vl(folder: Path) -> None:
+    """A small Kimi-VL, and its language model alone as a V3."""
+    oracle = make_oracle(1, "deepseek_v3", vocab_size=1024)
+    config = {**json.loads(oracle.config.to_json_string()), "model_type": "deepseek_v3"}
+    tensors = one_by_one(oracle.state_dict())
+    write_checkpoint(folder / "V3", config, tensors)
+    whole = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    whole |= {"vision_tower.patch_embed.proj.bias": torch.ones(4)}
+    whole |= {"multi_modal_projector.pre_norm.weight": torch.ones(4)}
+    vl = folder / "Kimi-VL-A3B-Instruct"
+    write_checkpoint(vl, {"model_type": "kimi_vl", "text_config": config}, whole)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        for base in (folder / "V3", vl):
+            shutil.copy(ROOT / "demo/base" / name, base)
+
+
 def test_recipes_work(tmp_path):
-    """All three, applied to one copy of the project, whose commands run in one process."""
+    """All four, applied to one copy of the project, whose commands run in one process."""
     small_copy(tmp_path)
+    save_kimi_vl(tmp_path / "checkpoints")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     for package in ROOT.glob("*/__init__.py"):
@@ -331,9 +350,12 @@ def test_recipes_work(tmp_path):
             assert old or not (tmp_path / file).exists(), file
             (tmp_path / file).write_text(text.replace(old, new) if old else new)
     words = [words[1:] for words in commands(RECIPES)]
-    assert len(words) == 6
+    assert len(words) == 7
     plain = "select_experts.py --model demo/base --data demo/data/intent_train.jsonl".split()
     words.append([*plain, "--n_sample_tokens", "4096", "--output", "plain_cfg.json"])
+    (vl,) = (each for each in words if "vl_cfg.json" in each)
+    names = {"checkpoints/Kimi-VL-A3B-Instruct": "checkpoints/V3", "vl_cfg.json": "v3_cfg.json"}
+    words.append([names.get(word, word) for word in vl])
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, json.dumps(words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -372,3 +394,4 @@ def test_recipes_work(tmp_path):
         gates = [sum(scores["gate_scores"][first].values()) for scores in (ones, others)]
         assert gates[1] < 0.9 * gates[0]
     assert "router_temperature=2.0" in str(read("runs/even/train_config.json"))
+    assert read("vl_cfg.scores.json") == read("v3_cfg.scores.json")
