@@ -3,13 +3,15 @@ training, adapter, evaluation, under a hard limit of GPU memory.
 
     python benchmarks/full_path.py --directory DIR --tokenizer DIR --data FILE --prompts FILE
     python benchmarks/full_path.py --paper ...        # configs/esft_v2_lite.toml as it stands
+    python benchmarks/full_path.py --paper --config configs/esft_moonlight.toml \
+        --shape tests/published/Moonlight-16B-A3B-Instruct ...    # another model's
     python benchmarks/full_path.py --tiny             # the same code on a CPU, in seconds
 
 Random bfloat16 weights are written to --directory first (31.4 GB). The run is train.py's. Without
 --paper it is that of a small card: experts in nf4, the optimizer in host memory, 32 micro-batches
-of one row of 4096 tokens, and 64 prompts. With it, keys are those of configs/esft_v2_lite.toml but
-for the number of steps, with all prompts, and checkpoints in the middle and at the end. --limit GiB
-is what torch.cuda.set_per_process_memory_fraction allows. Prints time and peak of GPU memory of
+of one row of 4096 tokens, and 64 prompts. With it, keys are those of --config but for the number of
+steps, with all prompts, and checkpoints in the middle and at the end. --shape is a folder with a
+config.json that says the size, without quantization. --limit GiB is what torch.cuda.set_per_process_memory_fraction allows. Prints time and peak of GPU memory of
 each stage, the peak of host memory, what 500 steps take, and one JSON line."""
 
 import argparse
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train as trainer  # noqa: E402
-from benchmarks.load import proc_mib, write_checkpoint  # noqa: E402
+from benchmarks.load import PUBLISHED, proc_mib, write_checkpoint  # noqa: E402
 from benchmarks.v2_lite import TINY, V2_LITE, empty_memory, peak_gib, print_conditions  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 
@@ -64,6 +66,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", default=str(ROOT / "demo/data/intent_test.jsonl"))
     parser.add_argument("--limit", type=float, default=20.0, help="GiB (default: 20)")
     parser.add_argument("--paper", action="store_true", help="the paper's config as it stands")
+    parser.add_argument("--config", default=str(ROOT / "configs/esft_v2_lite.toml"))
+    parser.add_argument("--shape", help="a folder with a config.json (default: V2-Lite's)")
     parser.add_argument("--deterministic", default="true", choices=("true", "false"))
     parser.add_argument("--quantize", default="nf4", help="fp8 or nf4 (default)")
     parser.add_argument("--steps", type=int, default=10)
@@ -73,19 +77,21 @@ def command_line() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = command_line().parse_args()
-    device, fields = "cuda", V2_LITE
+    device, raw = "cuda", V2_LITE | PUBLISHED
+    if args.shape:
+        raw = json.loads((Path(args.shape) / "config.json").read_text())
     if args.tiny:
-        device, fields, args.steps = "cpu", V2_LITE | TINY | {"vocab_size": 1024}, 2
+        device, raw, args.steps = "cpu", V2_LITE | PUBLISHED | TINY | {"vocab_size": 1024}, 2
     made = print_conditions(device)
     with tempfile.TemporaryDirectory() as temporary:
-        run(args, Path(args.directory or temporary), device, fields, made)
+        run(args, Path(args.directory or temporary), device, raw, made)
 
 
-def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made: dict) -> None:
+def run(args: argparse.Namespace, folder: Path, device: str, raw: dict, made: dict) -> None:
     base, output = folder / "base", folder / "run"
     base.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    written = write_checkpoint(base, fields, device)
+    written = write_checkpoint(base, raw, device)
     print(f"wrote {written:,} bytes in {time.perf_counter() - begin:.0f} s", flush=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(args.tokenizer) / name, base)
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made:
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(args.limit * 2**30 / total)
-    keys = tomllib.loads((ROOT / "configs/esft_v2_lite.toml").read_text())
+    keys = {"chat_format": "deepseek_v2"} | tomllib.loads(Path(args.config).read_text())
     keys |= {"model": str(base), "data": args.data, "output_dir": str(output)}
     keys |= {"eval_sets": [f"intent:{prompts}"], "steps": args.steps, "device": device}
     keys |= {"save_steps": -(-args.steps // 2), "deterministic": args.deterministic == "true"}
@@ -129,7 +135,12 @@ def run(args: argparse.Namespace, folder: Path, device: str, fields: dict, made:
     print(f"in all {seconds:.1f} s; peak of host memory {host:.1f} GiB; files:")
     for path in sorted(output.rglob("*.safetensors")):
         print(f"  {path.relative_to(output)} {path.stat().st_size:,} bytes")
-    made |= {"limit_gib": args.limit, "paper": args.paper, "deterministic": args.deterministic}
+    made |= {
+        "limit_gib": args.limit,
+        "paper": args.paper,
+        "config": Path(args.config).name,
+        "deterministic": args.deterministic,
+    }
     made |= {"seconds_a_step": round(step, 3), "quantize": config.quantize, "stages": stages}
     layers = output / "checkpointed_layers.json"
     made |= {"checkpointed_layers": json.loads(layers.read_text()) if layers.exists() else None}

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from v2_lite import TINY, V2_LITE  # noqa: E402
 
 from checkpoint import build_model, load_model  # noqa: E402
-from model import ModelConfig  # noqa: E402
+from families import config_from_dict  # noqa: E402
 
 STARTED = time.perf_counter()
 PUBLISHED = dict(
@@ -55,9 +55,10 @@ PUBLISHED = dict(
 ACCELERATE = importlib.util.find_spec("accelerate") is not None
 
 
-def write_checkpoint(directory: Path, fields: dict, device: str, shards: int = 4) -> int:
-    """Random weights, tensor by tensor, and config.json last. Returns the bytes written."""
-    model = build_model(ModelConfig(**fields), "meta")
+def write_checkpoint(directory: Path, raw: dict, device: str, shards: int = 4) -> int:
+    """Random weights, tensor by tensor, and config.json, which holds `raw`, last. Returns the bytes
+    written."""
+    model = build_model(config_from_dict(raw, {}), "meta")
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
     free = shutil.disk_usage(directory).free
@@ -83,7 +84,7 @@ def write_checkpoint(directory: Path, fields: dict, device: str, shards: int = 4
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps(fields | PUBLISHED))
+    (directory / "config.json").write_text(json.dumps(raw))
     return total
 
 
@@ -269,7 +270,7 @@ def main() -> None:
         print(", ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
         if not (path := directory / "config.json").exists():
             start = time.perf_counter()
-            written = write_checkpoint(directory, fields, device)
+            written = write_checkpoint(directory, fields | PUBLISHED, device)
             conditions["write_gb_per_s"] = written / (time.perf_counter() - start) / 1e9
             print(f"written at {conditions['write_gb_per_s']:.2f} GB/s", flush=True)
         elif json.loads(path.read_text()) != json.loads(json.dumps(fields | PUBLISHED)):
