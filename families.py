@@ -87,7 +87,9 @@ FAMILIES = {
     "mistral4": MISTRAL4,
     "sarvam_mla": replace(
         LIKE_V3,
-        defaults={"n_group": 1, "topk_group": 1},
+        # Its config.json leaves them out. Its code always normalises; vLLM's pull request 56034, by
+        # its authors, says that all experts are one group.
+        defaults={"norm_topk_prob": True, "n_group": 1, "topk_group": 1},
         names={
             "num_experts": "n_routed_experts",
             "num_shared_experts": "n_shared_experts",
