@@ -87,8 +87,8 @@ FAMILIES = {
     "mistral4": MISTRAL4,
     "sarvam_mla": replace(
         LIKE_V3,
-        # Its config.json leaves them out. Its code always normalises; vLLM's pull request 56034, by
-        # its authors, says that all experts are one group.
+        # Its config.json leaves them out. Its code always normalises. Its authors' pull request to
+        # vLLM (56034) and transformers say that all experts are one group.
         defaults={"norm_topk_prob": True, "n_group": 1, "topk_group": 1},
         names={
             "num_experts": "n_routed_experts",
