@@ -1,6 +1,6 @@
-"""The config.json of real models, in tests/published: each is read, and its model has as many values
-as transformers' and as the published files. Small models with its other fields have transformers'
-logits."""
+"""The config.json of real models, in tests/published: each is read, and its model has as many
+values as transformers' and as the published files. Small models with its other fields have
+transformers' logits."""
 
 import json
 from dataclasses import replace
