@@ -18,8 +18,6 @@ from model import Transformer
 
 PUBLISHED = ROOT / "tests/published"
 NAMES = sorted(path.parent.name for path in PUBLISHED.glob("*/config.json"))
-# FP8 with one scale for a whole tensor is refused. How weights are stored does not change the rest.
-CHANGES = {"Mistral-Small-4-119B": ["quantization_config=null"]}
 
 
 def read(name: str) -> dict:
@@ -48,7 +46,7 @@ class Built:
 
     def __init__(self, name: str):
         self.fields = language_model(read(name))
-        self.config = read_config(PUBLISHED / name, CHANGES.get(name, ()))
+        self.config = read_config(PUBLISHED / name)
         self.mtp = self.config.num_nextn_predict_layers
         layers = self.config.first_k_dense_replace + 1
         model = build_model(replace(self.config, num_hidden_layers=layers), "meta")
@@ -57,11 +55,6 @@ class Built:
 
 
 built = cache(Built)  # for two tests
-
-
-def test_mistrals_fp8_has_no_blocks():
-    with pytest.raises(ValueError, match="weight_block_size is None; two integers are required"):
-        read_config(PUBLISHED / "Mistral-Small-4-119B")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,7 +214,7 @@ def test_small_models_have_transformers_logits(name, tmp_path):
     for key, tensor in theirs.state_dict().items():
         tensor.normal_(1.0 if "norm" in key else 0.0, 0.2)
     tensors = {n: t for n, t in theirs.state_dict().items() if ".indexer." not in n}
-    ours = Transformer(read_config(tmp_path, CHANGES.get(name, ())))
+    ours = Transformer(read_config(tmp_path))
     ours.load_state_dict(one_by_one(tensors))
     tokens = torch.randint(0, 96, (2, 70))
     expected = theirs(tokens).logits
