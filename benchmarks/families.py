@@ -90,6 +90,17 @@ def transformers_class(raw: dict, model: Transformer, device: str):
     return theirs
 
 
+def to_bfloat16(theirs) -> None:
+    """As from_pretrained does it: rotary tables and correction biases stay in float32."""
+    biases = {name: bias.clone() for name, bias in theirs.named_buffers() if "bias" in name}
+    theirs.to(torch.bfloat16)
+    rotary = theirs.model.rotary_emb
+    theirs.model.rotary_emb = type(rotary)(theirs.config).to(theirs.device)
+    for name, bias in biases.items():
+        module, _, kind = name.rpartition(".")
+        setattr(theirs.get_submodule(module), kind, bias)
+
+
 def compared(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the gradients that are compared, in float32, those of a layer's experts together."""
     found: dict[str, list[torch.Tensor]] = {}
@@ -149,7 +160,7 @@ def measure(folder: Path, device: str, tiny: bool) -> dict:
         logits = theirs(tokens, use_cache=False).logits.clone()
     gradients = gradients_of(loss_of_theirs, theirs)
     theirs.zero_grad(set_to_none=True)
-    theirs.to(torch.bfloat16)
+    to_bfloat16(theirs)
     if device == "cuda":
         theirs.set_experts_implementation("grouped_mm")
     row = {
