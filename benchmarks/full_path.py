@@ -80,6 +80,7 @@ def main() -> None:
     device, raw = "cuda", V2_LITE | PUBLISHED
     if args.shape:
         raw = json.loads((Path(args.shape) / "config.json").read_text())
+        raw = {k: v for k, v in raw.items() if not k.endswith("_token_id")}  # of its own tokenizer
     if args.tiny:
         device, raw, args.steps = "cpu", V2_LITE | PUBLISHED | TINY | {"vocab_size": 1024}, 2
     made = print_conditions(device)
