@@ -37,6 +37,7 @@ class Family:
 
 
 SIGMOID = {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]}
+# DeepSeek's own files leave some of these out. Those of other families have all.
 V3_DEFAULTS = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4}
 LIKE_V3 = Family(SIGMOID, required=(*LATENT, *V3_DEFAULTS))
 # Attention is to tokens that an indexer chooses: to all, while a row has at most index_topk.
@@ -115,7 +116,9 @@ def file_prefix(config: ModelConfig) -> str:
 def check_family(raw: dict) -> Family:
     """Returns the family of a config.json. Raises ValueError that says why it has none."""
     name = raw.get("model_type")
-    if isinstance(name, str) and name in FAMILIES:
+    if not isinstance(name, str):
+        raise ValueError(f"model_type is {name!r}; supported: {', '.join(FAMILIES)}")
+    if name in FAMILIES:
         return FAMILIES[name]
     problem = f"model_type is {name!r}; supported: {', '.join(FAMILIES)}"
     if name in REFUSED:
@@ -212,10 +215,14 @@ def deepseek_names(raw: dict, family: Family) -> dict:
     """Returns the fields under the names that DeepSeek gives them."""
     said = {ours: (theirs, raw[theirs]) for theirs, ours in family.names.items() if theirs in raw}
     if (kinds := raw.get("mlp_layer_types")) is not None:
-        dense = kinds.count("dense") if isinstance(kinds, list) else 0
-        if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
+        kinds = kinds if isinstance(kinds, list) else []
+        dense = kinds.count("dense")
+        as_one = ["dense"] * dense + ["sparse"] * (len(kinds) - dense)
+        if kinds != as_one or len(kinds) != raw.get("num_hidden_layers"):
             wanted = "'dense' for the first layers, then 'sparse' for all others"
-            raise ValueError(f"mlp_layer_types is {kinds!r}; supported: a list with {wanted}")
+            raise ValueError(
+                f"mlp_layer_types is {raw['mlp_layer_types']!r}; supported: a list with {wanted}"
+            )
         said["first_k_dense_replace"] = "mlp_layer_types", dense
     if (rope := raw.get("rope_parameters")) is not None:  # transformers 5
         if not isinstance(rope, dict):

@@ -345,7 +345,7 @@ def quantize(model: Transformer, kind: str) -> None:
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantize is {kind!r}; must be one of {', '.join(QUANTIZATIONS)}")
     stored = model.config.quantization_config or {}  # blocks as in the file keep its bytes
-    form = Fp8(tuple(stored.get("weight_block_size", (128, 128)))) if kind == "fp8" else Nf4()
+    form = Fp8(tuple(stored.get("weight_block_size") or (128, 128))) if kind == "fp8" else Nf4()
     shared = SharedStacks()
     for module in model.modules():
         if isinstance(module, MoE):

@@ -1,6 +1,7 @@
 """The families beside DeepSeek's own: what transformers writes loads here and the other way round,
 rows that are too long, the forms that only they are published in, and what is refused."""
 
+import dataclasses
 import json
 import re
 
@@ -19,6 +20,7 @@ from conftest import (
     write_checkpoint,
 )
 from safetensors.torch import load_file, save_file
+from test_bad_input import VALUES
 from test_families import LATER, TOKENS, published_config, quantise
 from test_train import settings
 
@@ -244,6 +246,7 @@ def test_fp8_with_one_scale_a_matrix(tmp_path):
     merge(tmp_path / "base", tmp_path / "nothing", tmp_path / "merged")
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert close(merged, load_native(tmp_path / "merged", "mistral3"))
+    load_model(tmp_path / "base", dtype=torch.float32, quantize="fp8")(TOKENS)  # by its own blocks
 
 
 def test_an_indexer_in_fp8_stays_in_the_merged_checkpoint(tmp_path):
@@ -310,6 +313,11 @@ def test_an_indexer_in_fp8_stays_in_the_merged_checkpoint(tmp_path):
         ),
         (
             "glm4_moe_lite",
+            {"mlp_layer_types": ["dense", "sparse"]},
+            "supported: a list with 'dense'",
+        ),
+        (
+            "glm4_moe_lite",
             {"first_k_dense_replace": 3},
             "first_k_dense_replace is 3, but mlp_layer_ty",
         ),
@@ -331,6 +339,37 @@ def test_refused_by_field_name(family, change, said, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=f"config.json: .*{said}"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_a_mutated_config_is_read_or_refused(family, tmp_path):
+    """Every field, at any depth, with values of every type."""
+    config = published_config(make_oracle(0, family), family, 0, new_spelling=True)
+    text = config.get("text_config", config)
+    text |= {name: None for name in ("index_topk", "quantization_config") if name not in text}
+    text["quantization_config"] = INT4
+    good = json.dumps(config)
+
+    def places(value, at=()) -> list[tuple]:
+        inner = value.items() if isinstance(value, dict) else ()
+        return [at, *(place for name, part in inner for place in places(part, (*at, name)))]
+
+    read = {f.name for f in dataclasses.fields(ModelConfig)} | {"rope_parameters", "text_config"}
+    read |= {"mlp_layer_types", "quantization_config", *FAMILIES[family].names}
+    for *parents, name in places(config)[1:]:
+        if not {*parents, name} & read:
+            continue
+        for value in VALUES:
+            changed = json.loads(good)
+            part = changed
+            for parent in parents:
+                part = part[parent]
+            part[name] = value
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            try:
+                read_config(tmp_path)
+            except ValueError as error:
+                assert str(tmp_path / "config.json") in str(error)
 
 
 def test_the_part_that_rotates_must_be_that_of_the_sizes(tmp_path):
