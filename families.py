@@ -179,9 +179,9 @@ def config_from_dict(raw: dict, changed: dict) -> ModelConfig:
         if values[name] not in choices:
             shown = ", ".join(map(repr, choices))
             raise ValueError(f"{name} is {values[name]!r}; supported: {shown}")
-    for name in (*(f.name for f in fields(ModelConfig) if f.default is MISSING), *family.required):
-        if values.get(name) is None:
-            raise ValueError(f"field {name} is missing")
+    missing = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.name not in values]
+    for name in (*missing, *(name for name in family.required if values.get(name) is None)):
+        raise ValueError(f"field {name} is missing")
     if values.get("index_topk") is not None and "index_topk" not in family.required:
         raise ValueError(f"index_topk is {values['index_topk']!r}; not supported in this family")
     if values.get("num_key_value_heads") is None:

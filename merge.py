@@ -32,8 +32,8 @@ def merge(
     base: str | Path, adapter: str | Path, output: str | Path, changes: Collection[str] = ()
 ) -> None:
     """Writes `base` with the adapter's tensors in place, or W + scaling * B A for LoRA, as a
-    complete checkpoint, in the base's dtypes, quantised ones as bfloat16. Config (with `changes`, see
-    `read_config`) and tokenizer are copied, code is not. At most the tensors of one file are in
+    complete checkpoint, in the base's dtypes, quantised ones as bfloat16. Config (with `changes`,
+    see `read_config`) and tokenizer are copied, code is not. At most the tensors of one file are in
     memory. `output` appears when it is whole."""
     base, output = local_directory(base), Path(output).resolve()
     model, tensors = read_checkpoint(base, changes)

@@ -272,10 +272,10 @@ def selected_tensors(
     model: Transformer, files: list[Path], expected: dict[str, tuple[int, ...]], prefix: str = ""
 ) -> dict[str, StoredTensor]:
     """Returns the tensors in an adapter's files under the model's names: those of `expected`, in
-    these shapes, and no other. `prefix` stands before the checkpoint's own names. Several files may hold copies of a
-    tensor, but only equal ones: the original code's expert-parallel parts have what all ranks train
-    in each. Experts that another process holds (train_ep.py) are checked and read there. Raises
-    ValueError that names file and tensor."""
+    these shapes, and no other. `prefix` stands before the checkpoint's own names. Several files may
+    hold copies of a tensor, but only equal ones: the original code's expert-parallel parts have
+    what all ranks train in each. Experts that another process holds (train_ep.py) are checked and
+    read there. Raises ValueError that names file and tensor."""
     elsewhere = tuple(
         f"{name}.experts.{e}."
         for name, moe in model.named_modules()

@@ -147,7 +147,7 @@ def test_bad_rows(row, task, message, tmp_path):
         read_examples(tmp_path / "bad.jsonl", task, ask=None)
 
 
-@pytest.mark.parametrize("field, value", [("model_type", "deepseek_v32"), ("vocab_size", None)])
+@pytest.mark.parametrize("field, value", [("model_type", "deepseek_v4"), ("vocab_size", None)])
 @pytest.mark.parametrize("command", ["eval", "select_experts"])
 def test_commands_refuse_a_config_by_field(
     command, field, value, checkpoint, chat_file, tmp_path, monkeypatch

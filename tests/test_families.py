@@ -455,15 +455,15 @@ def test_an_adapter_that_cannot_be_read_to_its_end_leaves_the_base(tmp_path, mon
     cfg = {"experts": {"2": [1, 3]}}
     put_tensors(model, {name: p + 1 for name, p in trained_parameters(model, cfg).items()})
     save_adapter(model, cfg, tmp_path / "adapter")
-    model, read, reads = load_model(tmp_path), StoredTensor.read, []
+    model, read, reads = load_model(tmp_path), StoredTensor.read_bytes, []
 
-    def failing(stored, out=None):
+    def failing(stored, memory):
         reads.append(stored.name)
         if len(reads) == 3:
             raise OSError("the disk is gone")
-        return read(stored, out)
+        return read(stored, memory)
 
-    monkeypatch.setattr(StoredTensor, "read", failing)
+    monkeypatch.setattr(StoredTensor, "read_bytes", failing)
     with pytest.raises(OSError, match="the disk is gone"):
         load_adapter(model, tmp_path / "adapter")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

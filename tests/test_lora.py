@@ -597,15 +597,15 @@ def test_an_adapter_that_cannot_be_read_to_its_end_leaves_the_base(
 ):
     save_lora(with_lora(checkpoint), tmp_path / "lora")
     model, before = load_model(checkpoint), load_model(checkpoint).state_dict()
-    read, reads = StoredTensor.read, []
+    read, reads = StoredTensor.read_bytes, []
 
-    def failing(stored, out=None):
+    def failing(stored, memory):
         reads.append(stored.name)
         if len(reads) == 3:
             raise OSError("the disk is gone")
-        return read(stored, out)
+        return read(stored, memory)
 
-    monkeypatch.setattr(StoredTensor, "read", failing)
+    monkeypatch.setattr(StoredTensor, "read_bytes", failing)
     with pytest.raises(OSError, match="the disk is gone"):
         load_adapter(model, tmp_path / "lora")
     after = model.state_dict()
