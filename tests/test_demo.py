@@ -71,7 +71,7 @@ BENCHMARKS = [
     "decode.py",
     "evaluation.py",
     "load.py",
-    "families.py --only glm-5",
+    "families.py --only gigachat",
     "demo_step.py",
     "quantized.py",
     "full_path.py",
