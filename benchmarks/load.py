@@ -252,7 +252,7 @@ def main() -> None:
     if not (args.directory or args.tiny):
         parser.error("--directory (or --tiny) is required")
     if args.tiny:
-        args.cold = args.warm = 1
+        args.cold, args.warm = 0, 1
     device, fields = ("cpu", V2_LITE | TINY) if args.tiny else ("cuda", V2_LITE)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(args.directory or temporary).resolve()
