@@ -66,10 +66,16 @@ OLD_NAMES = {
 
 
 def save_variant(directory, family: str, seed: int):
-    """An oracle and its checkpoint, in one of the ways to store it and to spell its config."""
+    """An oracle and its checkpoint, in one of the ways to store it and to spell its config. Every
+    second one of the later families has a layer for multi-token prediction, too."""
     oracle = make_oracle(seed, family)
     storage = STORAGE[seed % 4]
     tensors = dict(oracle.state_dict())
+    config = published_config(oracle, family, seed, new_spelling=seed % 3 == 0)
+    if family in LATER and seed % 2:
+        tensors["model.layers.3.eh_proj.weight"] = torch.ones(4)
+        text = config.get("text_config", config)
+        text["num_mtp_layers" if "num_mtp_layers" in text else "num_nextn_predict_layers"] = 1
     if oracle.lm_head.weight is oracle.model.embed_tokens.weight and seed % 2:
         del tensors["lm_head.weight"]
     if "fused" not in storage:
@@ -77,7 +83,6 @@ def save_variant(directory, family: str, seed: int):
     if family in WHOLE:
         tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
         tensors["vision_tower.patch_embed.proj.weight"] = torch.ones(4)
-    config = published_config(oracle, family, seed, new_spelling=seed % 3 == 0)
     write_checkpoint(directory, config, tensors, 3 if "sharded" in storage else 1)
     return oracle
 
