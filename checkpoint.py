@@ -57,7 +57,7 @@ def local_directory(
 
 def stored_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """Returns all tensors of a checkpoint, in one file or with an index, under the files' names.
-    FP8 weights come with their scales, wherever these lie. Reads headers only. Raises
+    FP8 and INT4 weights come with their scales, wherever these lie. Reads headers only. Raises
     FileNotFoundError or ValueError that names file and tensor."""
     index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
@@ -113,7 +113,7 @@ def add_scale(
     *experts, rows, columns = stored.shape
     stored.block, scale = block or (rows, columns), tensors[name]
     blocks = [-(-size // side) for size, side in zip((rows, columns), stored.block)]
-    stored.scale = scale if scale.shape else replace(scale, shape=(1, 1))
+    stored.scale = replace(scale, shape=(1, 1)) if scale.shape in ((), (1,)) else scale
     stored.scale.check([*experts, *blocks], ("F32", "BF16"))
 
 
@@ -184,15 +184,17 @@ def read_checkpoint(
 
     # These two checks come first: building a model of absurd size takes long even without weights.
     for layer in layers:
-        if f"model.layers.{layer}.input_layernorm.weight" not in found:
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        if name not in found:
+            names = ", ".join(sorted(foreign | {*found})[:3])
             raise ValueError(
-                f"{directory}: tensors of layer {layer} are missing; num_hidden_layers is "
-                f"{config.num_hidden_layers}"
+                f"{directory}: tensor {family.prefix}{name} is missing; num_hidden_layers is "
+                f"{config.num_hidden_layers}, and there are {names}"
             )
     for layer in config.moe_layers:
         name = f"model.layers.{layer}.mlp.gate.weight"
         if name not in found:
-            raise ValueError(f"{directory}: tensor {name} is missing")
+            raise ValueError(f"{directory}: tensor {family.prefix}{name} is missing")
         found[name].check((config.n_routed_experts, config.hidden_size))
     with torch.device("meta"):
         model = Transformer(config).requires_grad_(False)
@@ -207,7 +209,7 @@ def read_checkpoint(
                 "tie_word_embeddings is true in config.json"
             )
     for problem, names in (
-        ("are missing", expected.keys() - found.keys()),
+        ("are missing", {family.prefix + name for name in expected.keys() - found.keys()}),
         ("do not belong to this config", foreign | found.keys() - expected.keys()),
     ):
         if names:
@@ -222,8 +224,8 @@ def read_checkpoint(
 
 def fingerprint(tensors: dict[str, StoredTensor]) -> str:
     """Returns a hash that says which weights a checkpoint holds, however it stores them (one file
-    or many, experts one by one or fused, float32, bfloat16 or FP8). It covers the first 64 values
-    of the first row of each tensor, rounded to bfloat16. `tensors`: see `read_checkpoint`."""
+    or many, experts one by one or fused, float32, bfloat16, FP8 or INT4). It covers the first 64
+    values of the first row of each tensor, as bfloat16. `tensors`: see `read_checkpoint`."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         stored = tensors[name]

@@ -32,12 +32,13 @@ from adapter import load_adapter, read_adapter
 from chat import FORMATS, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
 from config import Keys, add_keys, key, read_keys, refusal
+from families import flat
 from fast.packed import QUANTIZATIONS
 from files import check_output_file, locked, read_json, write_json, write_lines
 from model import Transformer
 from peft_format import StoredLora
 from processes import SingleProcess, meet
-from tasks import TASKS, Ask, Judge, Result, read_examples, score
+from tasks import TASKS, Ask, Judge, Result, check_lengths, read_examples, score
 
 SECONDS_BETWEEN_WORDS = 60.0  # on how far a run is, where no progress bar shows it
 # What decides prompts and ends beside the weights. Those that a checkpoint lacks do not count.
@@ -232,7 +233,7 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
     """Returns what turns questions into prompts, and every evaluation of the command line, with its
     examples read and its adapter checked. No weights are loaded. Raises ValueError and OSError."""
     meta, _ = read_checkpoint(base, config.model_config)
-    context = read_json(base / "config.json").get("max_position_embeddings")
+    context = flat(read_json(base / "config.json")).get("max_position_embeddings")
     context = context if isinstance(context, int) else None
     ask = Ask(load_tokenizer(base, config.chat_format), config.plain, context)
     settings = [base / name for name in SETTINGS if (base / name).is_file()]
@@ -259,6 +260,8 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
         short = data.stem if stems.count(data.stem) == 1 else data
         column = f"{task}:{short}" if len(stems) > 1 else task
         examples = read_examples(data, task, ask)
+        some = examples[: config.limit]
+        check_lengths(data, task, some, ask, meta.config, config.max_new_tokens)
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
         tasks.append((column, task, data, examples, digest))
     evaluations, output = [], Path(config.output)

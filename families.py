@@ -28,6 +28,7 @@ class Family:
     defaults: dict = field(default_factory=dict)  # of other fields that may be left out
     required: tuple[str, ...] = LATENT  # fields that not every family has
     names: dict[str, str] = field(default_factory=dict)  # the file's name of a field -> DeepSeek's
+    yarn: tuple[str, ...] = ()  # numbers of rope_scaling that only this family has
     whole_heads: bool = False  # partial_rotary_factor is a part of a head, not of its rotary part
     # Where the language model is a part of the whole: the model_types that text_config may have,
     # and what the names of its tensors begin with.
@@ -39,16 +40,18 @@ class Family:
 SIGMOID = {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]}
 # DeepSeek's own files leave some of these out. Those of other families have all.
 V3_DEFAULTS = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4}
-LIKE_V3 = Family(SIGMOID, required=(*LATENT, *V3_DEFAULTS))
+STATED = (*LATENT, *V3_DEFAULTS, "rms_norm_eps", "rope_theta")
+LIKE_V3 = Family(SIGMOID, required=STATED)
 # Attention is to tokens that an indexer chooses: to all, while a row has at most index_topk.
 V32 = Family(
     SIGMOID | {"rope_interleave": [True]},
-    required=(*LATENT, *V3_DEFAULTS, "index_topk"),
+    required=(*STATED, "index_topk"),
     unread=(".self_attn.indexer.",),
 )
 MISTRAL4 = Family(
     {"scoring_func": ["softmax"], "topk_method": ["greedy"], "n_group": [1]},
-    required=(*LATENT, *V3_DEFAULTS),
+    required=(*STATED, "rope_scaling"),
+    yarn=("llama_4_scaling_beta",),
     whole_heads=True,
 )
 FAMILIES = {
@@ -123,10 +126,10 @@ def check_family(raw: dict) -> Family:
     problem = f"model_type is {name!r}; supported: {', '.join(FAMILIES)}"
     if name in REFUSED:
         raise ValueError(f"{problem}. Not this one: {REFUSED[name]}")
-    if raw.get("kv_lora_rank", raw.get("text_config")) is None:
-        raise ValueError(
-            f"{problem}. Not this one: without kv_lora_rank it has no latent attention"
-        )
+    for needed, what in (("kv_lora_rank", "latent attention"), ("n_routed_experts", "experts")):
+        if flat(raw).get(needed) is None:
+            why = f"neither config.json nor its text_config names {needed}: it has no {what}"
+            raise ValueError(f"{problem}. Not this one: {why}")
     raise ValueError(f"{problem}. docs/families.md says how one is added")
 
 
@@ -197,6 +200,12 @@ def config_from_dict(raw: dict, changed: dict) -> ModelConfig:
     return config
 
 
+def flat(raw: dict) -> dict:
+    """Returns the fields of a config.json, with those of the language model where it is a part."""
+    text = raw.get("text_config")
+    return raw | text | {"model_type": raw.get("model_type")} if isinstance(text, dict) else raw
+
+
 def language_model(raw: dict, family: Family) -> dict:
     """Returns the fields of the language model, which may be one part of a model."""
     if not family.text:
@@ -233,7 +242,11 @@ def deepseek_names(raw: dict, family: Family) -> dict:
     for ours, (theirs, value) in said.items():
         if raw.get(ours, value) not in (None, value):
             raise ValueError(f"{ours} is {raw[ours]!r}, but {theirs} says {value!r}")
-    return raw | {ours: value for ours, (_, value) in said.items()}
+    raw = raw | {ours: value for ours, (_, value) in said.items()}
+    part, rope = raw.get("partial_rotary_factor"), raw.get("rope_scaling") or {}
+    if part is not None and isinstance(rope, dict):  # GLM-4.7-Flash states it apart
+        raw["rope_scaling"] = {"partial_rotary_factor": part, **rope}
+    return raw
 
 
 def yarn(rope: dict | None) -> dict | None:
@@ -302,7 +315,7 @@ def routing_problems(config: ModelConfig) -> Iterator[str]:
 
 
 def rope_problems(config: ModelConfig) -> Iterator[str]:
-    rope = config.rope_scaling
+    rope, family = config.rope_scaling, FAMILIES[config.model_type]
     if rope is None:
         return
     if not isinstance(rope, dict):
@@ -315,7 +328,7 @@ def rope_problems(config: ModelConfig) -> Iterator[str]:
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind in YARN:
         numbers = {"factor": 1, "original_max_position_embeddings": 1}
-        given = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta")
+        given = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", *family.yarn)
         numbers |= {name: 0 for name in given if name in rope}
         for name, least in numbers.items():
             value = rope.get(name)
@@ -324,11 +337,11 @@ def rope_problems(config: ModelConfig) -> Iterator[str]:
                 yield f"rope_scaling: {name} is {value!r}; must be a number from {least}"
         known |= {*numbers, *given, "max_position_embeddings"}
     c, part = config, 1
-    if FAMILIES[c.model_type].whole_heads:
+    if family.whole_heads:
         part = c.qk_rope_head_dim / (c.qk_nope_head_dim + c.qk_rope_head_dim)
     if rope.get("partial_rotary_factor", part) != part:
         found = f"partial_rotary_factor is {rope['partial_rotary_factor']!r}"
-        yield f"rope_scaling: {found}; must be {part}, for qk_rope_head_dim {c.qk_rope_head_dim}"
+        yield f"{found}; must be {part}, for qk_rope_head_dim {c.qk_rope_head_dim}"
     for name in rope.keys() - known:  # attention_factor, for example
         yield f"rope_scaling: {name} is {rope[name]!r}; not supported"
 
@@ -348,7 +361,7 @@ def quantization_problems(form: dict | None) -> Iterator[str]:
         return
     if form.get("fmt", "e4m3") != "e4m3":
         yield f"fmt is {form['fmt']!r}; supported: 'e4m3'"
-    if (block := form.get("weight_block_size", ())) is None:
+    if (block := form.get("weight_block_size", "missing")) is None:
         return
     if not (isinstance(block, list) and [type(size) for size in block] == [int, int]):
         yield f"weight_block_size is {block!r}; two integers are required"
@@ -370,6 +383,9 @@ def int4_problems(form: dict) -> Iterator[str]:
     for name, value in (wanted | {"actorder": None}).items():
         if weights.get(name) != value:
             yield f"{name} is {weights.get(name)!r}; supported: {value!r}"
+    for name in ("transform_config", "sparsity_config"):
+        if form.get(name):
+            yield f"{name} is {form[name]!r}; not supported"
     if (size := weights.get("group_size")) not in (32, 64, 128):
         yield f"group_size is {size!r}; supported: 32, 64, 128"
 

@@ -57,8 +57,10 @@ def generate_each(
         return
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is last
     longest = len(prompts[waiting[-1]])
-    model.config.check_row(longest + max_new_tokens, "a prompt's length with max_new_tokens")
-    length = -(-(longest + max_new_tokens) // 64) * 64  # few shapes to compile
+    length = longest + max_new_tokens
+    model.config.check_row(length, "a prompt's length with max_new_tokens")
+    rounded = -(-length // 64) * 64  # few shapes to compile
+    length = min(rounded, model.config.index_topk or rounded)
     on_gpu = model.lm_head.weight.is_cuda
     most = batch_size or 64
     if on_gpu and not batch_size:

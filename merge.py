@@ -84,15 +84,21 @@ def write_settings(base: Path, config: ModelConfig, changed: dict, part: Path) -
     if config.quantization_config is None and not changed:
         return
     raw = read_json(base / "config.json")
-    text = raw["text_config"] if FAMILIES[config.model_type].text else raw
+    family = FAMILIES[config.model_type]
+    text = raw["text_config"] if family.text else raw
     for fields in (raw, text):
         if fields.pop("quantization_config", None) is not None:
             fields["dtype" if "dtype" in fields else "torch_dtype"] = "bfloat16"
     text |= changed
-    if changed.keys() & {"rope_theta", "rope_scaling"} and text.pop("rope_parameters", None):
-        rope = {k: v for k, v in (config.rope_scaling or {}).items() if k != "rope_theta"}
-        rope = {"rope_type": "yarn", **rope} if rope else None
-        text |= {"rope_theta": config.rope_theta, "rope_scaling": rope}  # one spelling
+    for theirs, ours in {**family.names, "mlp_layer_types": "first_k_dense_replace"}.items():
+        if ours in changed:
+            text.pop(theirs, None)
+    if changed.keys() & {"rope_theta", "rope_scaling"} and "rope_parameters" in text:
+        for name in ("rope_theta", "rope_scaling"):
+            text.pop(name, None)
+        kind = {"rope_type": "yarn" if config.rope_scaling else "default"}
+        text["rope_parameters"] = {**(config.rope_scaling or {}), **kind}
+        text["rope_parameters"]["rope_theta"] = config.rope_theta
     write_json(part / "config.json", raw, indent=2)
 
 

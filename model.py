@@ -102,8 +102,8 @@ class ModelConfig:
     def check_row(self, length: int, what: str = "the length of a row") -> None:
         """Raises ValueError for a row that is so long that V3.2's attention would be sparse."""
         if self.index_topk and length > self.index_topk:
-            sparse = "beyond it attention is sparse, which is not supported"
-            raise ValueError(f"{what} is {length}; index_topk is {self.index_topk}: {sparse}")
+            said = f"{what} is {length}; must be at most index_topk, {self.index_topk}"
+            raise ValueError(f"{said}: beyond it attention is sparse, which is not supported")
 
 
 # ------------------------------------------------------------------------------------------
@@ -174,6 +174,7 @@ class Cache:
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, length: int, like: Tensor) -> "Cache":
+        config.check_row(length, "the length of the cache")
         layers = like.new_zeros(config.num_hidden_layers, rows, length, config.cache_width)
         return cls(layers, torch.zeros(rows, dtype=torch.int64, device=like.device))
 
@@ -267,11 +268,9 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent_dim)
         self.kv_b_proj = nn.Linear(self.latent_dim, H * (nope + v), bias=False)
         self.o_proj = nn.Linear(H * v, D, bias=bias)
-        yarn = c.rope_scaling or {}
-        mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim", 0))
+        self.yarn = c.rope_scaling or {}
+        mscale = yarn_mscale(self.yarn.get("factor", 1), self.yarn.get("mscale_all_dim", 0))
         self.scale = (nope + R) ** -0.5 * mscale**2
-        self.growth = yarn.get("llama_4_scaling_beta", 0)
-        self.trained_length = yarn.get("original_max_position_embeddings")
         self.attend, self.attend_cache = attend, attend_cache
 
     def forward(
@@ -288,9 +287,9 @@ class LatentAttention(nn.Module):
         cos, sin = rope
         low_rank = hasattr(self, "q_a_proj")
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if low_rank else self.q_proj(x)
-        if self.growth:  # Mistral 4's queries grow with their positions, as Llama 4's
-            growth = 1 + self.growth * torch.log1p(positions // self.trained_length)
-            q = q * growth[..., None].to(q.dtype)
+        if beta := self.yarn.get("llama_4_scaling_beta"):  # Mistral 4's queries grow with positions
+            periods = positions // self.yarn["original_max_position_embeddings"]
+            q = q * (1 + beta * torch.log1p(periods))[..., None].to(q.dtype)
         q_nope, q_rope = q.view(B, T, self.heads, -1).split([self.nope_dim, self.rope_dim], -1)
         q_rope = apply_rope(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2), self.interleaved)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope_dim], -1)

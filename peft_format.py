@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from families import file_prefix
 from files import read_json, replacing, write_json
 from lora import Update, adaptable, linears, lora_parameters
-from model import MoE, Transformer
+from model import ModelConfig, MoE, Transformer
 from stored_tensors import StoredTensor, open_tensors, read_header
 
 PEFT_PREFIX = "base_model.model."
@@ -49,7 +49,9 @@ def save_lora(
     alpha = scaling * rank
     targets = sorted({name.rpartition(".")[2] for name in carriers})
     if targeted(adaptable(model), targets) != set(carriers):  # a last part says too much
-        targets = sorted(carriers)
+        # Without "model.", they are parts of the file's names and of those of transformers' class.
+        start = "model." if file_prefix(model.config) else ""
+        targets = sorted(name.removeprefix(start) for name in carriers)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,6 +71,14 @@ def targeted(names: Iterable[str], targets: list[str]) -> set[str]:
     last parts."""
     wanted, parts = set(targets), {name: name.split(".") for name in names}
     return {n for n, p in parts.items() if any(".".join(p[i:]) in wanted for i in range(len(p)))}
+
+
+def own_name(name: str, config: ModelConfig) -> str:
+    """Returns model.py's name of what PEFT found under `name`. Where the language model is a part,
+    this is a name of the checkpoint's own code, or of transformers' class."""
+    if prefix := file_prefix(config):
+        name = re.sub(r"^model\.language_model\.", "model.", name.removeprefix(prefix))
+    return name
 
 
 # Fields of adapter_config.json that say how W x + scaling * B A x is trained, or nothing at all.
@@ -158,6 +168,8 @@ def selected_weights(config: dict, model: Transformer) -> dict[str, tuple[str, t
     are named mlp.experts.lora_A and .lora_B. If both are selected these are the down_proj's, and
     mlp.experts.base_layer.lora_A and .lora_B are the gate_up_proj's."""
     targets, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
+    if targets != "all-linear":
+        targets = [own_name(target, model.config) for target in targets]
     layers, modules = config.get("layers_to_transform"), adaptable(model)
     if parameters:
         modules = {name: m for name, m in modules.items() if ".mlp.experts." not in name}
@@ -237,7 +249,8 @@ def read_lora(directory: Path, model: Transformer) -> StoredLora:
             f"{path}: target_modules is {config.get('target_modules')!r}, target_parameters is "
             f"{config.get('target_parameters')!r}; selects nothing of this model"
         )
-    updates = {name: update_of(config, peft_name) for name, (peft_name, _) in selected.items()}
+    prefix = file_prefix(model.config)
+    updates = {name: update_of(config, prefix + of) for name, (of, _) in selected.items()}
     expected = {}
     for name, (_, (*experts, height, width)) in selected.items():
         ranks = math.prod(experts) * updates[name].rank
@@ -272,7 +285,7 @@ def selected_tensors(
     model: Transformer, files: list[Path], expected: dict[str, tuple[int, ...]], prefix: str = ""
 ) -> dict[str, StoredTensor]:
     """Returns the tensors in an adapter's files under the model's names: those of `expected`, in
-    these shapes, and no other. `prefix` stands before the checkpoint's own names. Several files may
+    these shapes, and no other. `prefix` is PEFT's, before each name. Several files may
     hold copies of a tensor, but only equal ones: the original code's expert-parallel parts have
     what all ranks train in each. Experts that another process holds (train_ep.py) are checked and
     read there. Raises ValueError that names file and tensor."""
@@ -284,18 +297,20 @@ def selected_tensors(
         if isinstance(expert, nn.Identity)
     )
     selecting = "adapter_config.json" if prefix else "expert_cfg.json"
-    prefix += file_prefix(model.config)
+    is_peft, prefix = bool(prefix), prefix or file_prefix(model.config)
     found: dict[str, StoredTensor] = {}
     for path in files:
         for stored in read_header(path).values():
             name = stored.name.removeprefix(prefix)
+            name = own_name(name, model.config) if is_peft else name
             if name.startswith("layers.") and not prefix:  # ESFT's version 1
                 name = f"model.{name}"
             if name.startswith(elsewhere):
                 continue
             if name not in expected or not stored.name.startswith(prefix):
                 raise ValueError(
-                    f"{path}: tensor {stored.name} is not selected by {path.parent}/{selecting}"
+                    f"{path}: tensor {stored.name} is not selected by {path.parent}/{selecting}, "
+                    f"which selects {prefix}{min(expected, default='nothing')} and others"
                 )
             stored.check(expected[name])
             first = found.setdefault(name, stored)

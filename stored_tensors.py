@@ -101,8 +101,9 @@ class StoredTensor:
         row_bytes = self.bytes_of(width)
         step = max(READ_BYTES // row_bytes, 1)
         scale = None
-        if self.scale is not None:  # float32 is 4 times FP8
-            step = max(step // (4 * self.block[0]), 1) * self.block[0]
+        if self.scale is not None:  # a step takes more memory in float32; blocks stay whole
+            high = self.block[0] if self.block[0] < rows else 1
+            step = max(step // (4 * high), 1) * high
             scale = self.read_scale().to(target.device)
         in_place = target.dtype == DTYPES[self.dtype] and target.device.type == "cpu"
         in_place = in_place and target.is_contiguous()
@@ -169,7 +170,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Writes a safetensors file and returns its sha256, without reading the file again. Tensors of
     a GPU come to the host one at a time. Raises OSError."""
-    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    names = {dtype: name for name, dtype in DTYPES.items() if name != "I4"}  # is only read
+    header, end = {}, 0
     for name, tensor in tensors.items():
         place = [end, end := end + tensor.nbytes]
         shape = list(tensor.shape)

@@ -8,6 +8,7 @@ import tokenizers
 
 from chat.template import CHAT_FORMATS, OWN, Chat
 from chat.tiktoken_file import open_tiktoken
+from families import flat
 from files import read_json
 
 FORMAT_OF_FAMILY = {"deepseek": "deepseek_v2"}  # others have a format of the model_type's name
@@ -111,6 +112,7 @@ def read_settings(directory: Path) -> dict[str, dict]:
         settings[name] = read_json(path) if path.is_file() else {}
         if not isinstance(settings[name], dict):
             raise ValueError(f"{path}: must be a JSON object")
+        settings[name] = flat(settings[name])
     return settings
 
 
@@ -162,7 +164,10 @@ def read_chat(
         name = chat_format or FORMAT_OF_FAMILY.get(family, family)
         source = "chat_format" if chat_format else "the model's family"
         if name not in CHAT_FORMATS:
-            raise ValueError(f"chat_format is {name!r}; must be {', '.join(CHAT_FORMATS)}")
+            said = f"is {chat_format!r}; must be"
+            if not chat_format:
+                said = f"is not set, and {directory} has no chat template; {family} needs"
+            raise ValueError(f"chat_format {said} one of {', '.join(CHAT_FORMATS)}")
         template = CHAT_FORMATS[name]
     special = [token.content for token in inner.get_added_tokens_decoder().values()]
     return Chat(name, template, source, tokens, special)

@@ -12,7 +12,7 @@ import pkgutil
 from pathlib import Path
 
 from chat import Tokenizer
-from model import Transformer
+from model import ModelConfig, Transformer
 from tasks.common import Ask, Result, Task
 from tasks.judge import Judge
 
@@ -36,6 +36,23 @@ TASKS = find_tasks()
 def read_examples(path: str | Path, task: str, ask: Ask) -> list[dict]:
     """Returns the examples of a file or folder. Raises ValueError that names file, line, field."""
     return TASKS[task].read(path, ask)
+
+
+def check_lengths(
+    path: str | Path,
+    task: str,
+    examples: list[dict],
+    ask: Ask,
+    config: ModelConfig,
+    max_new_tokens: int = 0,
+) -> None:
+    """Raises ValueError that names the file, if an example is too long (`ModelConfig.check_row`)
+    with `max_new_tokens`; 0: the task's."""
+    if config.index_topk and examples:  # other models need no encoding here
+        kind = TASKS[task]
+        new = (max_new_tokens or kind.max_new_tokens) if kind.decodes else 0
+        longest = max(map(len, kind.rows(ask, examples)))
+        config.check_row(longest + new, f"{path}: the longest row with its {new} new tokens")
 
 
 def answer_file(

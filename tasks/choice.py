@@ -25,12 +25,16 @@ BLOCK = 64  # questions that are answered, and written, together
 class Choice(Task):
     by_letter: bool = False  # the main metric, as in these tasks' published scores
     by_subject: bool = False  # whether each subject weighs the same, as in C-Eval's scores
+    decodes = False
+
+    def rows(self, ask, examples) -> list[list[int]]:
+        """Returns each prompt with its longest choice."""
+        longest = [join_choice(e["prompt"], max(e["choices"], key=len)) for e in examples]
+        return [ids[:-1] for ids in ask.tokenizer.encode_prompts(longest)]
 
     def predict(self, model, ask, examples, max_new_tokens, batch_size=0) -> Predictions:
         """Adds loglikelihoods, one a choice, and raw_prediction, the likeliest choice."""
-        longest = [join_choice(e["prompt"], max(e["choices"], key=len)) for e in examples]
-        rows = ask.tokenizer.encode_prompts(longest)
-        ask.say_too_long([ids[:-1] for ids in rows], ", with their longest choice")
+        ask.say_too_long(self.rows(ask, examples), ", with their longest choice")
         size = batch_size or BLOCK
         starts = range(0, len(examples), size)
         for start in tqdm(starts, "score", unit="batch", leave=False, disable=None):

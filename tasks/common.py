@@ -104,15 +104,19 @@ class Task:
     max_new_tokens: int = 128
     check: Callable[[dict, str], object] = read_answers  # raises for a saved row that has no score
 
+    decodes: ClassVar[bool] = True  # whether the model writes new tokens
     is_judged: ClassVar[bool] = False  # whether a language model gives the points
     has_completions: ClassVar[bool] = True
+
+    def rows(self, ask: Ask, examples: list[dict]) -> list[list[int]]:
+        """Returns the tokens that the model reads of each example."""
+        return ask.tokenizer.encode_prompts([example["prompt"] for example in examples])
 
     def predict(
         self, model: Transformer, ask: Ask, examples: list[dict], max_new_tokens: int, batch_size=0
     ) -> Predictions:
         """Adds raw_prediction to each example."""
-        tokenizer = ask.tokenizer
-        prompts = tokenizer.encode_prompts([example["prompt"] for example in examples])
+        tokenizer, prompts = ask.tokenizer, self.rows(ask, examples)
         ask.say_too_long(prompts)
         ends = tokenizer.end_ids
         for i, row in generate_each(model, prompts, max_new_tokens, ends, batch_size):

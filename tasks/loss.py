@@ -39,11 +39,14 @@ def answer_losses(model: Transformer, rows: Rows, learned: Iterable) -> Iterator
 
 @dataclass(frozen=True)
 class Loss(Task):
-    has_completions = False
+    has_completions = decodes = False
+
+    def rows(self, ask, examples) -> list[list[int]]:
+        return [example["ids"] for example in examples]
 
     def predict(self, model, ask, examples, max_new_tokens, batch_size=0) -> Predictions:
         """Adds loss (mean over the answer's tokens), accuracy and tokens to each example."""
-        rows, learned = [e["ids"] for e in examples], [e["learned"] for e in examples]
+        rows, learned = self.rows(ask, examples), [e["learned"] for e in examples]
         found = answer_losses(model, rows, learned)
         for i, *values in tqdm(found, "score", len(rows), leave=False, disable=None):
             kept = {name: examples[i][name] for name in ("prompt", "raw_answers")}

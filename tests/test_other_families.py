@@ -15,23 +15,24 @@ from conftest import (
     TextPart,
     make_oracle,
     one_by_one,
-    random_config,
     save_tokenizer,
     write_checkpoint,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_bad_input import VALUES
 from test_families import LATER, TOKENS, published_config, quantise
 from test_train import settings
 
-
+import eval as evaluator
 from adapter import load_adapter, put_tensors, remove_adapter, save_adapter, trained_parameters
-from checkpoint import fingerprint, load_model, read_checkpoint
+from chat import load_tokenizer
+from checkpoint import load_model
 from families import FAMILIES, read_config
 from generate import generate, likelihoods
 from lora import add_lora, lora_parameters
 from merge import merge
-from model import ModelConfig
+from model import Cache, ModelConfig
 from peft_format import save_lora
 from train import train
 
@@ -91,14 +92,16 @@ def test_what_transformers_writes_loads_here_and_merged_loads_there(family, seed
 
 
 @pytest.mark.parametrize("family", SPARSE)
-def test_a_row_longer_than_index_topk_is_refused(family, tmp_path):
+def test_a_row_longer_than_index_topk_is_refused(family, tmp_path, monkeypatch):
     """One of index_topk tokens, 70, equals transformers in test_families.py."""
-    save_pretrained(make_oracle(0, family), family, tmp_path)
+    save_pretrained(make_oracle(0, family, vocab_size=258), family, tmp_path)
     save_tokenizer(tmp_path)
     model, longer = load_model(tmp_path, dtype=torch.float32), [[5] * 71]
     model(torch.tensor([[5] * 70]))
     generate(model, [[5] * 60], 10, [95])
-    said = "is 71; index_topk is 70: beyond it attention is sparse"
+    said = "is 71; must be at most index_topk, 70: beyond it attention is sparse"
+    with pytest.raises(ValueError, match="the length of the cache is 71"):
+        Cache.empty(model.config, 1, 71, model.lm_head.weight)
     for run in (
         lambda: model(torch.tensor(longer)),
         lambda: generate(model, [[5] * 60], 11, [95]),
@@ -106,8 +109,16 @@ def test_a_row_longer_than_index_topk_is_refused(family, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             run()
-    with pytest.raises(ValueError, match="seq_length is 71; index_topk is 70"):
+    with pytest.raises(ValueError, match="seq_length is 71; must be at most index_topk, 70"):
         train(settings(tmp_path, tmp_path / "no.jsonl", tmp_path / "run", seq_length=71))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 66, "raw_answers": ["b"]}))
+    monkeypatch.setattr(evaluator, "load_model", None)  # refused before
+    command = f"eval --model {tmp_path} --task exact --data {tmp_path}/rows.jsonl --chat_format"
+    command += f" deepseek_v2 --output {tmp_path}/answers.jsonl --max_new_tokens"
+    for new, said in (("8", "rows.jsonl: the longest row with its 8 new tokens is 75"), ("3", "")):
+        monkeypatch.setattr("sys.argv", [*command.split(), new])
+        with pytest.raises(SystemExit if said else TypeError, match=said):
+            evaluator.main()
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "index_topk": None}))
     with pytest.raises(ValueError, match="field index_topk is missing"):
@@ -218,6 +229,28 @@ def test_other_integers_are_refused(change, said, tmp_path):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["kimi_k2", "kimi_k25"])
+@pytest.mark.parametrize("method", ["esft", "lora"])
+def test_an_adapter_over_int4_merges_to_bfloat16(family, method, tmp_path):
+    save_int4(tmp_path / "base", family, shards=2)
+    model = load_model(tmp_path / "base", dtype=torch.float32)
+    if method == "esft":
+        cfg = {"experts": {"2": [1, 5]}}
+        put_tensors(model, {n: p * 2 for n, p in trained_parameters(model, cfg).items()})
+        save_adapter(model, cfg, tmp_path / "adapter")
+    else:
+        add_lora(model, rank=2, scaling=2.0, seed=0)
+        for parameter in lora_parameters(model).values():
+            parameter.data.normal_(std=0.1)
+        save_lora(model, tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged, expected = load_model(tmp_path / "merged", dtype=torch.float32)(TOKENS), model(TOKENS)
+    assert (merged - expected).norm() < 0.03 * expected.norm()  # rounded to bfloat16
+    assert (merged - load_model(tmp_path / "base", dtype=torch.float32)(TOKENS)).norm() > (
+        0.1 * expected.norm()
+    )
+
+
 def test_fp8_with_one_scale_a_matrix(tmp_path):
     """As Mistral-Small-4 is published: fused experts with a scale each, and scales of activations."""
     oracle = make_oracle(2, "mistral3", first_k_dense_replace=1)
@@ -277,6 +310,53 @@ def test_an_indexer_in_fp8_stays_in_the_merged_checkpoint(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------
+# A language model that is a part
+
+
+@pytest.mark.parametrize("family", ["mistral3", "mistral4", "kimi_k25", "glm4_moe_lite"])
+@pytest.mark.parametrize("change", ["rope_theta=500.0", "num_experts_per_tok=4"])
+def test_a_changed_field_is_merged_in_the_file_s_spelling(family, change, tmp_path):
+    save_pretrained(make_oracle(1, family), family, tmp_path / "base")
+    model = load_model(tmp_path / "base", dtype=torch.float32, changes=[change])
+    save_adapter(model, {"experts": {}}, tmp_path / "nothing")
+    merge(tmp_path / "base", tmp_path / "nothing", tmp_path / "merged", [change])
+    assert close(model, load_native(tmp_path / "merged", family))
+    assert torch.equal(load_model(tmp_path / "merged", dtype=torch.float32)(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_peft_files_of_transformers_class_are_read(family, tmp_path):
+    """It calls the layers model.language_model.layers."""
+    save_pretrained(make_oracle(1, family), family, tmp_path / "base")
+    whole = getattr(transformers, NATIVE[family][1])
+    whole = whole.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    where = [f"model.language_model.layers.{i}.self_attn.o_proj" for i in (0, 2)]
+    tuned = get_peft_model(whole, LoraConfig(r=4, target_modules=where, init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    model = load_model(tmp_path / "base", dtype=torch.float32)
+    load_adapter(model, tmp_path / "adapter")
+    assert close(model, tuned)
+    save_lora(model, tmp_path / "again")
+    targets = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == [f"layers.{i}.self_attn.o_proj" for i in (0, 2)]
+    again = load_model(tmp_path / "base", dtype=torch.float32)
+    load_adapter(again, tmp_path / "again")
+    assert torch.equal(again(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_the_tokenizer_knows_the_language_model_s_fields(family, tmp_path):
+    save_pretrained(make_oracle(1, family), family, tmp_path)
+    save_tokenizer(tmp_path)  # 258 tokens; the model has 96
+    with pytest.raises(ValueError, match="vocab_size is 96"):
+        load_tokenizer(tmp_path, "deepseek_v2")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["text_config"] |= {"vocab_size": 258, "eos_token_id": [7]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert 7 in load_tokenizer(tmp_path, "deepseek_v2").end_ids
+
+
+# ------------------------------------------------------------------------------------------
 # Refused
 
 
@@ -297,7 +377,12 @@ def test_an_indexer_in_fp8_stays_in_the_merged_checkpoint(tmp_path):
         (
             "deepseek_v3",
             {"model_type": "qwen3_moe", "kv_lora_rank": None},
-            "without kv_lora_rank it has no latent attention",
+            "names kv_lora_rank: it has no latent attention",
+        ),
+        (
+            "kimi_k25",
+            {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text"}},
+            "neither config.json nor its text_config names kv_lora_rank",
         ),
         ("deepseek_v3", {"index_topk": 64}, "index_topk is 64; not supported in this family"),
         ("kimi_k25", {"text_config": None}, "text_config: model_type is None; supported: kimi_k2"),
@@ -325,9 +410,16 @@ def test_an_indexer_in_fp8_stays_in_the_merged_checkpoint(tmp_path):
         ("sarvam_mla", {"num_experts": 4}, "n_routed_experts is 8, but num_experts says 4"),
         ("glm_moe_dsa", {"rope_interleave": False}, "rope_interleave is False; supported: True"),
         ("mistral4", {"n_group": 2}, "n_group is 2; supported: 1"),
+        ("mistral4", {"rope_parameters": None}, "field rope_theta is missing"),
+        ("kimi_k2", {"rms_norm_eps": None}, "field rms_norm_eps is missing"),
+        (
+            "glm4_moe_lite",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor is 0.5; must be 1",
+        ),
         (
             "mistral4",
-            {"rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 0.9, "factor": 4}},
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4}},
             "rope_scaling: original_max_position_embeddings is None",
         ),
     ],
@@ -343,11 +435,10 @@ def test_refused_by_field_name(family, change, said, tmp_path):
 
 @pytest.mark.parametrize("family", LATER)
 def test_a_mutated_config_is_read_or_refused(family, tmp_path):
-    """Every field, at any depth, with values of every type."""
+    """Every field that is read, at any depth, with values of every type."""
     config = published_config(make_oracle(0, family), family, 0, new_spelling=True)
     text = config.get("text_config", config)
-    text |= {name: None for name in ("index_topk", "quantization_config") if name not in text}
-    text["quantization_config"] = INT4
+    text |= {"quantization_config": INT4, "index_topk": text.get("index_topk")}
     good = json.dumps(config)
 
     def places(value, at=()) -> list[tuple]:
@@ -372,6 +463,14 @@ def test_a_mutated_config_is_read_or_refused(family, tmp_path):
                 assert str(tmp_path / "config.json") in str(error)
 
 
+def test_growing_queries_are_mistrals_alone(tmp_path):
+    config = published_config(make_oracle(1, "deepseek_v3"), "deepseek_v3", 1, new_spelling=True)
+    config["rope_parameters"]["llama_4_scaling_beta"] = 0.1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="llama_4_scaling_beta is 0.1; not supported"):
+        read_config(tmp_path)
+
+
 def test_the_part_that_rotates_must_be_that_of_the_sizes(tmp_path):
     for family, right, wrong in (("mistral4", None, 1.0), ("glm4_moe_lite", 1, 0.5)):
         config = published_config(make_oracle(0, family), family, 0, new_spelling=True)
@@ -390,7 +489,10 @@ def test_a_language_model_without_its_prefix_is_refused(tmp_path):
     oracle = make_oracle(0, "kimi_k25")
     config = published_config(oracle, "kimi_k25", 0, new_spelling=True)
     write_checkpoint(tmp_path, config, one_by_one(oracle.state_dict()))
-    with pytest.raises(ValueError, match="tensors of layer 0 are missing"):
+    said = (
+        "tensor language_model.model.layers.0.input_layernorm.weight is missing; .* lm_head.weight"
+    )
+    with pytest.raises(ValueError, match=said):
         load_model(tmp_path)
     named = {f"language_model.{n}": t for n, t in one_by_one(oracle.state_dict()).items()}
     write_checkpoint(tmp_path, config, {**named, "model.norm.weight": torch.ones(32)})

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 FLOORS = [
     {"model", "files", "stored_tensors", "config", "processes"},
-    {"fast", "chat", "families"},
+    {"families"},
+    {"fast", "chat"},
     {"checkpoint"},
     {"lora", "data"},
     {"peft_format"},

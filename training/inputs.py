@@ -11,7 +11,7 @@ from chat import OWN, Tokenizer, load_tokenizer
 from checkpoint import check_device, local_directory, read_checkpoint
 from data import Rows, Sample, encode_file, epoch_order, pack
 from model import ModelConfig, Transformer
-from tasks import Ask, read_examples
+from tasks import Ask, check_lengths, read_examples
 from training.config import TrainConfig, settle_compile
 
 
@@ -45,7 +45,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
     rows, held_out = prepare_rows(config, samples, tokenizer)
     for entry in config.eval_sets:
         task, _, path = entry.partition(":")
-        read_examples(path, task, Ask(tokenizer))
+        ask = Ask(tokenizer)
+        examples = read_examples(path, task, ask)
+        check_lengths(path, task, examples, ask, whole.config, config.max_new_tokens)
     if config.expert_config:
         given = read_expert_cfg(config.expert_config, whole.config)
         if not trained_parameters(whole, given):
