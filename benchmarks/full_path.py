@@ -7,12 +7,13 @@ training, adapter, evaluation, under a hard limit of GPU memory.
         --shape tests/published/Moonlight-16B-A3B-Instruct ...    # another model's
     python benchmarks/full_path.py --tiny             # the same code on a CPU, in seconds
 
-Random bfloat16 weights are written to --directory first (31.4 GB). The run is train.py's. Without
---paper it is that of a small card: experts in nf4, the optimizer in host memory, 32 micro-batches
-of one row of 4096 tokens, and 64 prompts. With it, keys are those of --config but for the number of
-steps, with all prompts, and checkpoints in the middle and at the end. --shape is a folder with a
-config.json that says the size, without quantization. --limit GiB is what torch.cuda.set_per_process_memory_fraction allows. Prints time and peak of GPU memory of
-each stage, the peak of host memory, what 500 steps take, and one JSON line."""
+Random bfloat16 weights are written to --directory first (V2-Lite's take 31.4 GB). The run is
+train.py's. Without --paper it is that of a small card: experts in nf4, the optimizer in host
+memory, 32 micro-batches of one row of 4096 tokens, and 64 prompts. With it, keys are those of
+--config but for the number of steps, with all prompts, and checkpoints in the middle and at the
+end. --shape is a folder with a config.json that says the size, without quantization. --limit GiB is
+what torch.cuda.set_per_process_memory_fraction allows. Prints time and peak of GPU memory of each
+stage, the peak of host memory, what 500 steps take, and one JSON line."""
 
 import argparse
 import json

@@ -54,9 +54,10 @@ def open_tiktoken(path: Path, config: dict) -> Tokenizer:
     special = special_tokens(config["added_tokens_decoder"], len(ranks), config_path)
     inner.add_tokens(special)
     for number, token in enumerate(special, len(ranks)):
-        if inner.token_to_id(token.content) != number:
+        shown = inner.decode([number], skip_special_tokens=False)
+        if inner.token_to_id(token.content) != number or shown != token.content:
             found = f"token {number} is {token.content!r:.60}"
-            raise ValueError(f"{config_path}: {found}, which is the text of another token, too")
+            raise ValueError(f"{config_path}: {found}, which stands for another token or text, too")
     return inner
 
 
@@ -87,7 +88,7 @@ def read_ranks(path: Path) -> dict[str, int]:
     """Returns token -> rank, the tokens in the letters of byte_letters()."""
     letters, ranks = byte_letters(), {}
     for i, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line:
+        if not line.strip():
             continue
         where = f"{path}: line {i}"
         try:

@@ -1,5 +1,5 @@
-"""Every family and every way to store it: old and new configs; experts one by one and fused; shards,
-tied embeddings, FP8, layers to pass over; merging, and the memory of loading."""
+"""Every family and every way to store it: old and new configs; experts one by one and fused;
+shards, tied embeddings, FP8, layers to pass over; merging, and the memory of loading."""
 
 import json
 import subprocess

@@ -132,10 +132,14 @@ def test_a_run_of_each_family(family, tmp_path, chat_file):
     save_pretrained(oracle, family, tmp_path / "base")
     save_tokenizer(tmp_path / "base")
     stored = one_by_one(load_file(tmp_path / "base" / "model.safetensors")).keys()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Repeat: ab", "raw_answers": ["ab"]}))
     for method, prefix in (("esft", ""), ("lora", "base_model.model.")):
         changes = {"method": method, "steps": 2, "chat_format": "deepseek_v2", "top_p": 0.3}
+        changes |= {"eval_sets": [f"loss:{chat_file}", f"exact:{rows}"], "max_new_tokens": 2}
         run = tmp_path / method
-        train(settings(tmp_path / "base", chat_file, run, **changes))
+        results = train(settings(tmp_path / "base", chat_file, run, **changes))
+        assert len(results["before"]) == len(results["after"]) == 2
         (file,) = (run / "adapter").glob("*.safetensors")
         trained = load_file(file)
         suffix = r"\.lora_[AB]\.weight$" if method == "lora" else "$"
@@ -282,31 +286,28 @@ def test_fp8_with_one_scale_a_matrix(tmp_path):
     load_model(tmp_path / "base", dtype=torch.float32, quantize="fp8")(TOKENS)  # by its own blocks
 
 
-def test_an_indexer_in_fp8_stays_in_the_merged_checkpoint(tmp_path):
-    oracle = make_oracle(2, "deepseek_v32", first_k_dense_replace=1)
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "kimi_k2"])
+def test_fp8_in_blocks_as_these_are_published(family, tmp_path):
+    """An indexer stays in the merged checkpoint."""
+    oracle = make_oracle(2, family, first_k_dense_replace=1)
     stored, values = quantise(one_by_one(oracle.state_dict()), 16)
-    config = published_config(oracle, "deepseek_v32", 2, new_spelling=False)
-    fp8 = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "scale_fmt": "ue8m0",
-        "weight_block_size": [16, 16],
-    }
-    config["quantization_config"] = fp8
+    config = published_config(oracle, family, 2, new_spelling=False)
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0"}
+    config["quantization_config"] = {**fp8, "weight_block_size": [16, 16]}
     write_checkpoint(tmp_path / "base", config, stored, 2)
     model = load_model(tmp_path / "base", dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, values[name].float()), name
     save_adapter(model, {"experts": {}}, tmp_path / "nothing")
     merge(tmp_path / "base", tmp_path / "nothing", tmp_path / "merged")
     merged = {}
     for file in (tmp_path / "merged").glob("*.safetensors"):
         merged |= load_file(file)
     indexer = [name for name in values if ".indexer." in name]
-    assert len(indexer) == 3 * 5 and merged.keys() == values.keys()
+    assert len(indexer) == 3 * 5 * (family in SPARSE) and merged.keys() == values.keys()
     assert all(torch.equal(merged[n], values[n].bfloat16()) for n in indexer if "norm" not in n)
-    assert close(
-        load_model(tmp_path / "merged", dtype=torch.float32),
-        load_native(tmp_path / "merged", "deepseek_v32"),
-    )
+    again = load_model(tmp_path / "merged", dtype=torch.float32)
+    assert close(again, load_native(tmp_path / "merged", family))
 
 
 # ------------------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ def plan(
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
         "which two are kept and a third is written",
         "nothing was loaded or written; next: "
-        + ("the same command without --plan" if rehearse else "the command above"),
+        + ("the same command without --plan" if rehearse else "one of the commands above"),
     ]
     return "\n".join(lines)
 
