@@ -44,26 +44,32 @@ TASKS = {"intent": "intent", "order": "exact", "sum": "exact"}  # task -> metric
 
 def run(job: dict, part: str, device: str, tiny: bool) -> dict:
     """One training run in a process of its own, on one core; adds its scores to the job."""
-    data = "demo/data"
     with tempfile.TemporaryDirectory() as folder:
         keys = {
-            "data": f"{data}/{job['task']}_train.jsonl",
             "learning_rate": job["learning_rate"],
             "seed": job["seed"],
             "output_dir": f"{folder}/run",
             "device": device,
             **METHODS[job["method"]][0],
         }
+        names = f"{job['task']}_train", f"{job['task']}_{part}", f"general_{part}"
+        files = [f"demo/data/{name}.jsonl" for name in names]
         if tiny:
-            keys |= {"steps": 2, "n_sample_tokens": 1000, "max_new_tokens": 2}
+            keys |= {"steps": 2, "batch_size": 2, "n_sample_tokens": 1000, "max_new_tokens": 2}
+            for i, file in enumerate(files):
+                files[i] = f"{folder}/{i}.jsonl"
+                first = (ROOT / file).read_text().splitlines(keepends=True)[:40]
+                Path(files[i]).write_text("".join(first))
         command = [
             sys.executable,
             "train.py",
             "--config",
             "configs/demo.toml",
+            "--data",
+            files[0],
             "--eval_sets",
-            f"{TASKS[job['task']]}:{data}/{job['task']}_{part}.jsonl",
-            f"exact:{data}/general_{part}.jsonl",
+            f"{TASKS[job['task']]}:{files[1]}",
+            f"exact:{files[2]}",
         ]
         for key, value in keys.items():
             command += [f"--{key}", json.dumps(value) if type(value) is bool else str(value)]
@@ -176,7 +182,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="one task, rate and seed, two steps, results in a scratch folder",
+        help="one task, rate and seed, two steps, few rows, results in a scratch folder",
     )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp()) if args.tiny else ROOT / "benchmarks" / "results"

@@ -142,7 +142,7 @@ def main() -> None:
     config = read_keys(TrainConfig, arguments, str(ROOT / "configs/demo.toml"))
     config.model, config.data = str(ROOT / config.model), str(ROOT / config.data)
     if args.tiny:
-        config = replace(config, batch_size=2, n_sample_tokens=1000)
+        config = replace(config, seq_length=64, batch_size=2, n_sample_tokens=1000)
     rows, cfg = demo_work(config)
     work = config, cfg, rows
 

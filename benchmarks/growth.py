@@ -33,8 +33,10 @@ from fast import compiled_blocks, token_losses  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 
-def measure(model: Transformer, rows: int, length: int, trained: int, device: str) -> dict:
-    """One setting, with `trained` experts in each layer."""
+def measure(
+    model: Transformer, rows: int, length: int, trained: int, device: str, steps: int
+) -> dict:
+    """One setting, with `trained` experts in each layer; the median of `steps`."""
     layers = model.config.moe_layers
     mark_trainable(model, {"experts": {str(layer): list(range(trained)) for layer in layers}})
     tokens = torch.randint(0, model.config.vocab_size, (rows, length))
@@ -46,7 +48,7 @@ def measure(model: Transformer, rows: int, length: int, trained: int, device: st
         model.zero_grad()
 
     empty_memory(device)
-    seconds = median_seconds(step, device, 5, burn_in=2)
+    seconds = median_seconds(step, device, steps, burn_in=2)
     return {
         "rows": rows,
         "length": length,
@@ -59,7 +61,7 @@ def measure(model: Transformer, rows: int, length: int, trained: int, device: st
 
 def main() -> None:
     args = command_line(__doc__).parse_args()
-    device, unit = ("cpu", 16) if args.tiny else ("cuda", 1024)
+    device, unit, steps = ("cpu", 4, 1) if args.tiny else ("cuda", 1024, 5)
     fields = V2_LITE | TINY if args.tiny else V2_LITE
     model = random_model(ModelConfig(**fields), device)
     made = print_conditions(device)
@@ -77,7 +79,7 @@ def main() -> None:
         print(f"{'rows':>5} {'length':>7} {'trained':>8} {'ms':>8} {'tokens/s':>9} {'peak GiB':>9}")
         for setting in settings:
             if setting not in known:
-                known[setting] = measure(model, *setting, device)
+                known[setting] = measure(model, *setting, device, steps)
             row = known[setting]
             results.append({"table": title, **row})
             print(

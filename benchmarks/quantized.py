@@ -129,6 +129,9 @@ def run(quantize: str, seed: int, folder: Path, files: dict[str, Path], tiny: bo
     config.quantize, config.seed, config.output_dir = quantize, seed, str(folder)
     config.eval_sets = [f"intent:{files['intent']}", f"exact:{files['general']}"]
     if tiny:
+        rows = Path(config.data).read_text().splitlines(keepends=True)[:100]
+        config.data = str(folder.with_suffix(".jsonl"))
+        Path(config.data).write_text("".join(rows))
         config.steps, config.batch_size, config.n_sample_tokens = 2, 2, 1000
         config.max_new_tokens, config.validation_fraction = 4, 0.0
     with redirect_stdout(io.StringIO()):

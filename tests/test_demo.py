@@ -63,7 +63,7 @@ def test_the_untrained_base_has_the_shape_of_the_trained_one(tmp_path):
 
 
 BENCHMARKS = [
-    "v2_lite.py",
+    "v2_lite.py --steps 1",
     "lora.py --steps 1",
     "scoring.py",
     "growth.py",
