@@ -4,6 +4,7 @@ shards, tied embeddings, FP8, layers to pass over; merging, and the memory of lo
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -87,14 +88,26 @@ def save_variant(directory, family: str, seed: int):
     return oracle
 
 
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+    """The oracle and the folder of a family's seed, written once for all tests that read them."""
+
+    @cache
+    def saved(family: str, seed: int):
+        folder = tmp_path_factory.mktemp(family)
+        return save_variant(folder, family, seed), folder
+
+    return saved
+
+
 @pytest.mark.parametrize("family, seed", CASES)
-def test_logits_and_gradients_equal_the_oracle(family, seed, tmp_path):
-    oracle = save_variant(tmp_path, family, seed)
+def test_logits_and_gradients_equal_the_oracle(family, seed, variant):
+    oracle, folder = variant(family, seed)
     expected = oracle(TOKENS).logits
     expected.square().mean().backward()
     gradients = one_by_one({n: p.grad for n, p in oracle.named_parameters() if p.grad is not None})
     for experts in ("loop", "grouped"):
-        model = load_model(tmp_path, dtype=torch.float32, experts=experts).requires_grad_(True)
+        model = load_model(folder, dtype=torch.float32, experts=experts).requires_grad_(True)
         logits = model(TOKENS)
         assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
         logits.square().mean().backward()
@@ -106,14 +119,14 @@ def test_logits_and_gradients_equal_the_oracle(family, seed, tmp_path):
 
 @pytest.mark.parametrize("family, seed", [case for case in CASES if case[0] in FAMILIES])
 def test_packed_under_a_document_mask_equals_the_oracle_on_each_sample_alone(
-    family, seed, tmp_path, monkeypatch
+    family, seed, variant, monkeypatch
 ):
-    oracle = save_variant(tmp_path, family, seed)
+    oracle, folder = variant(family, seed)
     lengths = (4, 19, 1, 36)
     pieces = TOKENS[0, : sum(lengths)].split(lengths)
     samples = [(piece.tolist(), piece.tolist()) for piece in pieces]
     rows = pack(samples, 70, 0.0, pad_id=0, seed=0, document_mask=True)
-    model = load_model(tmp_path, dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32)
     losses, _ = token_losses(model, *rows)
     alone = [
         F.cross_entropy(oracle(piece[None]).logits[0, :-1], piece[1:], reduction="none")
@@ -133,9 +146,8 @@ def test_packed_under_a_document_mask_equals_the_oracle_on_each_sample_alone(
 
 
 @pytest.mark.parametrize("family, seed", CASES)
-def test_decoding_with_and_without_cache_agrees(family, seed, tmp_path):
-    save_variant(tmp_path, family, seed)
-    model = load_model(tmp_path, dtype=torch.float32)
+def test_decoding_with_and_without_cache_agrees(family, seed, variant):
+    model = load_model(variant(family, seed)[1], dtype=torch.float32)
     prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :40].tolist()]
     with torch.no_grad():
         cached = generate(model, prompts, max_new_tokens=8, eos_ids=[95])
@@ -147,9 +159,8 @@ def test_decoding_with_and_without_cache_agrees(family, seed, tmp_path):
 
 
 @pytest.mark.parametrize("family, seed", CASES)
-def test_cached_logits_equal_uncached_ones(family, seed, tmp_path):
-    save_variant(tmp_path, family, seed)
-    model = load_model(tmp_path, dtype=torch.float32)
+def test_cached_logits_equal_uncached_ones(family, seed, variant):
+    model = load_model(variant(family, seed)[1], dtype=torch.float32)
     lengths = torch.tensor([5, 60])
     with torch.no_grad():
         cache = Cache.empty(model.config, rows=2, length=70, like=model.lm_head.weight)
