@@ -1,5 +1,5 @@
-"""Four processes that torchrun starts once, for all tests that need several ranks: a start takes
-longer than most runs. See rank_worker.py for what a job is."""
+"""Four processes that start once, for all tests that need several ranks: a start takes longer than
+most runs. See rank_worker.py for what a job is."""
 
 import atexit
 import itertools
@@ -24,9 +24,9 @@ def start() -> tuple[subprocess.Popen, Path]:
     """The agent of the four processes, and the folder where they look for jobs."""
     scratch = tempfile.TemporaryDirectory()
     folder = Path(scratch.name)
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=4", "tests/rank_worker.py"]
+    command = [sys.executable, "tests/rank_worker.py", str(folder), str(os.getpid())]
     with open(folder / "stderr", "w") as stderr:
-        agent = subprocess.Popen([*command, str(folder), str(os.getpid())], cwd=ROOT, stderr=stderr)
+        agent = subprocess.Popen(command, cwd=ROOT, stderr=stderr)
 
     def stop() -> None:
         agent.send_signal(signal.SIGTERM)

@@ -1,7 +1,8 @@
-"""What each process of a test does: many runs, one after the other. Started by torchrun; the tests
-ask for runs through rank_pool.py.
+"""What each process of a test does: many runs, one after the other. The tests ask for runs through
+rank_pool.py.
 
-    torchrun --nproc-per-node 4 tests/rank_worker.py FOLDER [PID]
+    torchrun --nproc-per-node 2 tests/rank_worker.py FOLDER    # one job
+    python tests/rank_worker.py FOLDER PID                     # four processes for many jobs
 
 A job is a JSON file: {"ranks": how many processes do it, "folder": where they write}, and either
 "cases" or "command". Without PID the job is FOLDER/job.json. With PID jobs are FOLDER/0.json,
@@ -36,6 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lora import lora_parameters, whole
 from processes import SingleProcess
@@ -170,5 +172,13 @@ def main() -> None:
             (folder / f"{number}.{rank}.done").touch()
 
 
+def main_of_pool() -> None:
+    """What torchrun does for `main`, with processes that are forked: they import torch together,
+    which takes longer than most runs."""
+    options = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="pool")
+    options |= dict(start_method="fork", max_restarts=0)
+    elastic_launch(LaunchConfig(1, 1, 4, **options), main)()
+
+
 if __name__ == "__main__":
-    main()
+    main() if len(sys.argv) == 2 else main_of_pool()

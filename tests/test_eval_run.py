@@ -2,15 +2,12 @@
 stopped, and that several processes give the same files."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from rank_pool import run_command_on_ranks
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -347,14 +344,12 @@ def test_processes_share_the_examples_and_write_the_same_files(
 ):
     more = ["--base", "--adapter", adapters[0]]
     run(monkeypatch, *arguments(checkpoint, data, tmp_path / "one", *more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(ROOT / "eval.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += arguments(checkpoint, data, tmp_path / "two", *more)
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("base exact: accuracy") == 1  # one process speaks
-    assert ran.stdout.count("decoded 4 prompts") == 4  # of 7: exact and summary, twice
+    command = ["eval.py", *arguments(checkpoint, data, tmp_path / "two", *more)]
+    first, second = run_command_on_ranks(2, tmp_path, *command)
+    assert first["status"] == second["status"] == 0, first["stderr"] + second["stderr"]
+    said = first["stdout"] + second["stdout"]
+    assert said.count("base exact: accuracy") == 1  # one process speaks
+    assert said.count("decoded 4 prompts") == 4  # of 7: exact and summary, twice
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
