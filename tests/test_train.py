@@ -393,6 +393,8 @@ def test_thirty_steps_of_the_demo_have_the_same_losses_on_both_paths(tmp_path):
             output_dir=str(tmp_path / experts),
             experts=experts,
             steps=30,
+            seq_length=128,
+            gradient_checkpointing=False,
             batch_size=2,
             eval_sets=[],
             eval_steps=30,
