@@ -304,6 +304,20 @@ def load_with_adapter(base, adapter, **options):
     return model
 
 
+LONGEST = ("train_ep", "demo", "exactness", "families", "docs", "train", "packed", "hub")
+
+
+def pytest_configure(config) -> None:
+    config.option.loadscopereorder = False  # xdist's own order: the files with most tests first
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The longest files first: `--dist loadfile` gives each worker a whole file at a time, and one
+    that begins last would leave the other worker without work."""
+    first = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 99)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A complete tiny base: 3 layers, 2 of them MoE with 8 experts, with a tokenizer."""
