@@ -30,12 +30,7 @@ def plain_functions(monkeypatch):
 
 
 def close(found, expected, dtype):
-    # A GPU's exponentials are approximations, of 2e-6.
-    tolerance = {
-        torch.float32: 1e-5 if found.is_cuda else 1e-6,
-        torch.float16: 5e-4,
-        torch.bfloat16: 4e-3,
-    }[dtype]
+    tolerance = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
     assert found.dtype == expected.dtype and found.shape == expected.shape
     assert (found.float() - expected.float()).norm() <= tolerance * expected.float().norm()
 
@@ -99,7 +94,9 @@ def test_few_tokens_by_their_chosen_experts_alone(dtype):
 @DTYPES
 @pytest.mark.parametrize("ids", [3, 4096, 5000])
 def test_cross_entropy_and_its_gradient(dtype, ids):
-    logits, targets = 10 * torch.randn(5, ids, dtype=dtype), torch.randint(0, ids, (5,))
+    # In float32 exp(x) is known to |x| times 6e-8. Large logits cannot meet the bound of `close`.
+    size, targets = 2 if dtype is torch.float32 else 10, torch.randint(0, ids, (5,))
+    logits = size * torch.randn(5, ids, dtype=dtype)
     targets[0], targets[1] = 0, ids - 1
     logits[2, : ids // 2] = -torch.inf  # whole blocks of it
     targets[2] = ids - 2
