@@ -7,7 +7,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import model
 from fast import kernels
@@ -26,9 +25,11 @@ class Documents:
     places: Tensor  # (B * T,) where each token is in all groups one after another
 
     @cached_property
-    def blocks(self) -> BlockMask:
-        """The same for FlexAttention, whose shapes do not depend on the documents' lengths. It
-        skips the blocks of keys that no query of a block sees."""
+    def blocks(self):
+        """The same as a BlockMask for FlexAttention, whose shapes do not depend on the documents'
+        lengths. It skips the blocks of keys that no query of a block sees."""
+        from torch.nn.attention.flex_attention import BlockMask  # takes a second to import
+
         device, T = self.places.device, self.numbers.shape[1]
         padded = F.pad(self.numbers[:, None].double(), (0, -T % BLOCK), mode="replicate")[:, 0]
         begins, ends = padded[:, ::BLOCK], padded[:, BLOCK - 1 :: BLOCK]  # (B, blocks)
@@ -96,7 +97,6 @@ class SameBitsAttention(torch.autograd.Function):
         return dq, dk.transpose(1, 2), dv.transpose(1, 2), None
 
 
-@torch.compiler.assume_constant_result
 def on_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
@@ -118,7 +118,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | Documents | BlockMask | None = None,
+    mask=None,
     scale: float | None = None,
 ) -> Tensor:
     """What `model.attend` returns; `mask` may be what `group_documents` returns, or its blocks."""
@@ -127,7 +127,9 @@ def attend(
         out = [attend(*(x[indices] for x in tokens), scale=scale) for indices in mask.groups]
         return torch.cat([x.flatten(0, 1) for x in out])[mask.places].view(*q.shape[:2], -1)
     grouped = {"enable_gqa": q.shape[2] != k.shape[2]}
-    if isinstance(mask, BlockMask):
+    if mask is not None and not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import flex_attention
+
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = flex_attention(q, k, v, block_mask=mask, scale=scale, **grouped)
         return out.transpose(1, 2).flatten(2)

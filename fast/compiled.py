@@ -5,7 +5,8 @@ from functools import cache
 
 import torch
 
-from fast.attention import Documents
+from fast.attention import Documents, on_hopper
+from fast.device import kernels_run
 from fast.experts import trained_prefix, trained_stacks
 from fast.lora import FAST
 from fast.packed import PackedExperts, UnpackAgain
@@ -19,6 +20,8 @@ def compiled_block(tuned: bool) -> Callable:
     `tuned` lets the compiler try several sizes for each kernel, for half a minute more."""
     # Each shape needs a graph. Beyond torch's limit of 8, blocks would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
+    for asks_machine in (kernels_run, on_hopper):  # here, as it imports the compiler, for a second
+        torch.compiler.assume_constant_result(asks_machine)
     options = {"coordinate_descent_tuning": True} if tuned else None
     return torch.compile(Block.forward, dynamic=False, options=options)
 

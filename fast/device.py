@@ -21,7 +21,6 @@ def on_gpu(x: Tensor) -> bool:
 _kernels_run: dict[torch.device, bool] = {}
 
 
-@torch.compiler.assume_constant_result
 def kernels_run(device: torch.device) -> bool:
     """Whether Triton's kernels run on this GPU. Says once why they do not: Triton may be missing,
     or the C compiler that it needs."""
