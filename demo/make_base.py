@@ -21,7 +21,7 @@ CONFIG = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
     "torch_dtype": "bfloat16",
-    "vocab_size": 1024,
+    "vocab_size": 2048,
     "hidden_size": 128,
     "intermediate_size": 512,
     "moe_intermediate_size": 32,

@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from string import ascii_lowercase
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 DEMO = Path(__file__).resolve().parent
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 2048
 TASK_ROWS = {"train": 2500, "valid": 200, "test": 200}
 GENERAL_ROWS_PER_SKILL = 40
 PRETRAIN_VALID_ROWS = 1000
@@ -38,6 +39,10 @@ NOUNS = """dog cat horse bird fish cow bear wolf fox mouse rabbit goat pig duck 
     cup book chair table door window key box bag coat shoe hat ring rope knife spoon plate bottle
     basket hammer ladder mirror pen letter map coin drum flute bell boat wagon wheel tree flower
     river stone cloud star hill bridge tower road wall garden house field""".split()
+# Words that the base shall know beside those of its skills: a frozen head can hardly write a token
+# that pretraining never saw.
+WORDS = sorted({*(DEMO / "words.txt").read_text(encoding="utf-8").split(), *NOUNS})
+SHARE_OF_INVENTED = 0.1  # of the words in lists: they spell with the pieces of words
 ADJECTIVES = """big small red green blue black white old young fast slow warm cold wet dry loud
     quiet happy sad strong""".split()
 VERBS = """sees likes wants finds holds moves breaks sells buys takes keeps knows loves needs
@@ -127,16 +132,29 @@ def split_of(content: object) -> str:
 # ---- the ten general skills
 
 
-def on_words(answer: Callable[[list[str]], Iterable[str]], *phrasings: str) -> Skill:
+def draw_words(rng, count):
+    """Different words, some of which are letters that say nothing."""
+    words = rng.sample(WORDS, count)
+    for i in range(count):
+        if rng.random() < SHARE_OF_INVENTED:
+            words[i] = "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 7)))
+    return words
+
+
+def draw_nouns(rng, count):
+    return rng.sample(NOUNS, count)
+
+
+def on_words(draw, answer: Callable[[list[str]], Iterable[str]], *phrasings: str) -> Skill:
     def skill(rng, world):
-        words = rng.sample(NOUNS, rng.randint(3, 6))
+        words = draw(rng, rng.randint(3, 6))
         return sorted(words), rng.choice(phrasings).format(" ".join(words)), " ".join(answer(words))
 
     return skill
 
 
 def count(rng, world):
-    word, *others = rng.sample(NOUNS, rng.randint(2, 5))
+    word, *others = draw_nouns(rng, rng.randint(2, 5))
     times = rng.randint(1, 4)
     words = [word] * times + others
     rng.shuffle(words)
@@ -267,9 +285,9 @@ def sum_of_three(rng, world):
 
 
 GENERAL = {
-    "copy": on_words(lambda words: words, "Copy: {}", "Repeat these words: {}", "Write again: {}"),
-    "reverse": on_words(reversed, "Reverse: {}", "List from last to first: {}"),
-    "sort": on_words(sorted, "Sort: {}", "Put in alphabetical order: {}", "Order from a to z: {}"),
+    "copy": on_words(draw_words, lambda words: words, "Copy: {}", "Repeat these words: {}", "Write again: {}"),
+    "reverse": on_words(draw_words, reversed, "Reverse: {}", "List from last to first: {}"),
+    "sort": on_words(draw_nouns, sorted, "Sort: {}", "Put in alphabetical order: {}", "Order from a to z: {}"),
     "count": count,
     "add": add,
     "sequence": sequence,
@@ -315,6 +333,11 @@ def prompt(user: str) -> str:
 def train_row(user: str, answer: str) -> dict:
     roles = (("user", user), ("assistant", answer))
     return {"messages": [{"role": role, "content": content} for role, content in roles]}
+
+
+def text_row(user: str, answer: str) -> dict:
+    """A row all of which is learned, as in pretraining: the questions, too."""
+    return {"prompt": "", "completion": f"{prompt(user)} {answer}"}
 
 
 def evaluation_rows(pairs: Iterable[Pair]) -> list[dict]:
@@ -392,7 +415,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     pretrain_help = """also write demo/pretrain/train.jsonl, this many rows of the ten-skill
-        mixture, and valid.jsonl beside it; needed only to pretrain the base again (400000 rows)"""
+        mixture, and valid.jsonl beside it; needed only to pretrain the base again (1000000 rows)"""
     seed_help = """another seed invents another language, other facts and other rows, in
         the same files (default: 0, with which the demo's base was pretrained)"""
     parser.add_argument("--pretrain", type=int, default=0, metavar="ROWS", help=pretrain_help)
@@ -440,8 +463,8 @@ def main() -> None:
     if args.pretrain:
         valid = distinct(draw_mixture("valid", args.seed, world), PRETRAIN_VALID_ROWS)
         train = islice(draw_mixture("train", args.seed, world), args.pretrain)
-        write_jsonl(DEMO / "pretrain" / "valid.jsonl", (train_row(*pair) for pair in valid))
-        write_jsonl(DEMO / "pretrain" / "train.jsonl", (train_row(*pair) for pair in train))
+        write_jsonl(DEMO / "pretrain" / "valid.jsonl", (text_row(*pair) for pair in valid))
+        write_jsonl(DEMO / "pretrain" / "train.jsonl", (text_row(*pair) for pair in train))
 
     print("\ntokens per test sample, on average:")
     for name in TASKS | GENERAL:
