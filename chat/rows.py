@@ -100,7 +100,29 @@ def read_pieces(path: str | Path, tokenizer: Tokenizer) -> list[list[Piece]]:
 def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[Piece]:
     """Returns the pieces of a row in one of LAYOUTS: of a conversation, in the checkpoint's chat
     format; of a prompt and its completion, as they are."""
-    chat, said = tokenizer.chat, [name for name in LAYOUTS if name in row]
+    return pieces_and_answers(row, tokenizer.chat, where)[0]
+
+
+def is_training_row(row: dict) -> bool:
+    """Returns whether a row has one of LAYOUTS. A prompt alone may belong to an evaluation."""
+    return "completion" in row or any(name in row for name in LAYOUTS if name != "prompt")
+
+
+def prompt_and_answer(row: dict, tokenizer: Tokenizer, where: str) -> tuple[str, str] | None:
+    """Returns the last learned answer of a row, without its reasoning and end, behind the text that
+    stands before it in training, without a begin of sequence. None if no answer is learned."""
+    pieces, answers = pieces_and_answers(row, tokenizer.chat, where)
+    learned = [n for n, answer in enumerate(answers) if answer.is_learned]
+    if not learned:
+        return None
+    before = pieces[: 2 * learned[-1] + 1]  # each answer is a piece behind a piece of other text
+    prompt = "".join(piece.text for piece in before)
+    return prompt.removeprefix(tokenizer.chat.bos), answers[learned[-1]].content
+
+
+def pieces_and_answers(row: dict, chat: Chat, where: str) -> tuple[list[Piece], list[Message]]:
+    """Returns the pieces of a row, and its answers."""
+    said = [name for name in LAYOUTS if name in row]
     layout = next((name for name in said if row[name] not in NOTHING), said[0] if said else None)
     if layout is None:
         needed = f"field messages is missing (or another of {', '.join(LAYOUTS)})"
@@ -110,11 +132,13 @@ def row_pieces(row: dict, tokenizer: Tokenizer, where: str) -> list[Piece]:
     check_known(row, LAYOUTS[layout], where)
     if layout == "prompt":
         prompt = chat.with_begin(text_field(row, "prompt", where))
-        return [Piece(prompt), Piece(answer_field(row, "completion", where, chat) + chat.end, True)]
+        text = answer_field(row, "completion", where, chat)
+        answer = Message("completion", "assistant", text, is_learned=True)
+        return [Piece(prompt), Piece(text + chat.end, True)], [answer]
     messages = conversation(row, layout, where, chat)
     try:
         chat.check_tokens("messages")
-        return chat.pieces(messages)
+        return chat.pieces(messages), [m for m in messages if m.role == "assistant"]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

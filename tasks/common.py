@@ -12,15 +12,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
-from chat import Tokenizer, is_text, read_rows, text_field
+from chat import Tokenizer, is_text, is_training_row, prompt_and_answer, read_rows, text_field
 from generate import generate_each
 from model import Transformer
 from tasks.judge import Judge
-from tasks.reasoning import answer_in
+from tasks.reasoning import answer_in, without_reasoning
 
-ANSWERS = "rows of prompt (in its chat format) and raw_answers"
+ANSWERS = "rows of prompt (in its chat format) and raw_answers, or of a training file"
 
 Predictions = Iterator[tuple[int, dict]]  # number of an example, and the example with its answer
+Reader = Callable[[str | Path, "Ask"], list[dict]]  # of a file or folder
 
 
 @dataclass
@@ -57,9 +58,25 @@ class Result:
         return next(iter(self.metrics.values()))
 
 
-def by_row(read: Callable[[dict, str, Ask], dict]) -> Callable[[str | Path, Ask], list[dict]]:
-    """Returns a reader of files from a reader of rows."""
-    return lambda path, ask: [read(row, where, ask) for where, row in read_rows(path)]
+def by_row(read: Callable[[dict, str, Ask], dict | None]) -> Reader:
+    """Returns a reader of files from a reader of rows, which may return None for a row that has no
+    answer to score."""
+
+    def read_file(path: str | Path, ask: Ask) -> list[dict]:
+        examples = [read(row, where, ask) for where, row in read_rows(path)]
+        answered = [example for example in examples if example]
+        say_unanswered(path, len(examples), len(answered))
+        return answered
+
+    return read_file
+
+
+def say_unanswered(path: str | Path, rows: int, answered: int) -> None:
+    """Prints how many rows are left out. Raises ValueError if none has an answer."""
+    if not answered:
+        raise ValueError(f"{path}: holds no answer to score; every one is masked")
+    if masked := rows - answered:
+        print(f"{path}: {masked:,} of {rows:,} rows have no answer to score; left out")
 
 
 def stated(row: dict, name: str) -> str:
@@ -83,10 +100,13 @@ def text_list(row: dict, name: str, where: str, least: int = 1) -> list[str]:
     return value
 
 
-def read_answers(row: dict, where: str, ask: Ask | None = None) -> dict:
-    """Reads {"prompt", "raw_answers"}; the prompt already carries its chat format."""
-    if row.get("raw_answers") is None and ("messages" in row or "completion" in row):
-        raise ValueError(f"{where}: field raw_answers is missing; this looks like a training file")
+def read_answers(row: dict, where: str, ask: Ask | None = None) -> dict | None:
+    """Reads {"prompt", "raw_answers"}; the prompt already carries its chat format. With `ask`, also
+    reads rows of a training file: the last learned answer is the expected one, and all before it is
+    the prompt. Returns None if no answer is learned."""
+    if ask and row.get("raw_answers") is None and is_training_row(row):
+        found = prompt_and_answer(row, ask.tokenizer, where)
+        return found and {"prompt": found[0], "raw_answers": [without_reasoning(found[1])]}
     answers = text_list(row, "raw_answers", where)
     return {"prompt": text_field(row, "prompt", where), "raw_answers": answers}
 
@@ -99,7 +119,7 @@ class Task:
     kinds of answer override the methods."""
 
     about: str  # what --data is
-    read: Callable[[str | Path, Ask], list[dict]]
+    read: Reader
     score: Callable[[str, list[str]], int] | None = None  # of a completion and the answers
     max_new_tokens: int = 128
     check: Callable[[dict, str], object] = read_answers  # raises for a saved row that has no score

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data import encode_file, has_answer
 from generate import Rows, likelihoods
 from model import Transformer
-from tasks.common import Ask, Predictions, Result, Task, typed_field
+from tasks.common import Ask, Predictions, Result, Task, say_unanswered, typed_field
 
 NUMBERS = ("loss", "accuracy", "tokens")
 
@@ -19,8 +19,7 @@ def read_chat(path: str | Path, ask: Ask) -> list[dict]:
     """Reads any training file: what is learned there is what is scored here."""
     decode, examples, samples = ask.tokenizer.decode, [], encode_file(path, ask.tokenizer)
     answered = [sample for sample in samples if has_answer(sample)]
-    if masked := len(samples) - len(answered):
-        print(f"{path}: {masked:,} of {len(samples):,} rows have no answer to score; left out")
+    say_unanswered(path, len(samples), len(answered))
     for ids, labels in answered:
         learned = [n for n in range(1, len(ids)) if labels[n] >= 0]
         prompt = decode([token for token, label in zip(ids, labels) if label < 0])

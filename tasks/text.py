@@ -14,8 +14,10 @@ def score_exact(prediction: str, answers: list[str]) -> int:
     return int(prediction.strip() in [answer.strip() for answer in answers])
 
 
-def read_intent(row: dict, where: str, ask: Ask | None = None) -> dict:
-    example = read_answers(row, where)
+def read_intent(row: dict, where: str, ask: Ask | None = None) -> dict | None:
+    example = read_answers(row, where, ask)
+    if example is None:
+        return None
     answer = example["raw_answers"][0]
     try:
         json.loads(answer)["slots"].items()
