@@ -65,6 +65,8 @@ class EvalConfig(Keys):
         choices=FORMATS,
     )
     plain: bool = key(False, "questions without the chat format, for models not trained to chat")
+    shots: list[str] = key((), "examples before a question: a number for all tasks, or for each")
+    shots_data: list[str] = key((), "for each task with shots, the file whose first rows they are")
     model_config: list[str] = key((), "FIELD=VALUE ...: changes to config.json; VALUE is JSON")
     overwrite: bool = key(False, "replace what other settings, adapters or data made of output")
     judge_url: str = key("", "an OpenAI-compatible endpoint, as https://HOST/v1")
@@ -94,11 +96,33 @@ class EvalConfig(Keys):
             "--judge_url: no task is judged": url and not judged,
         }
         of_models = "data adapter base limit plain chat_format max_new_tokens model_config device"
-        for name in f"{of_models} dtype quantize".split():
+        for name in f"{of_models} dtype quantize shots shots_data".split():
             rules[f"--rescore takes no --{name}"] = rescored and getattr(self, name)
         for message, broken in rules.items():
             if broken:
                 raise ValueError(message)
+        self.check_shots()
+
+    def check_shots(self) -> None:
+        for number in self.shots:
+            if not number.isdecimal():
+                raise refusal("shots", number, "a number of examples, 0 or more")
+        shots, tasks, files = self.shots_of_tasks(), len(self.task), len(self.shots_data)
+        if len(shots) != tasks:
+            needed = "one for all tasks, or one for each, is required"
+            raise ValueError(f"{tasks} --task, {len(shots)} --shots; {needed}")
+        for name, count in zip(self.task, shots):
+            if count and not TASKS[name].takes_shots:
+                takers = ", ".join(name for name, task in TASKS.items() if task.takes_shots)
+                raise ValueError(f"--shots {count}: task {name} takes no examples; {takers} do")
+        if (shown := sum(map(bool, shots))) != files:
+            said = f"{shown} tasks with examples (--shots), {files} --shots_data"
+            raise ValueError(f"{said}; each such task needs its file")
+
+    def shots_of_tasks(self) -> list[int]:
+        """Returns how many examples stand before the questions of each task."""
+        shots = [int(number) for number in self.shots] or [0]
+        return shots * len(self.task) if len(shots) == 1 else shots
 
 
 # ------------------------------------------------------------------------------------------
@@ -229,6 +253,11 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def hash_value(value) -> str:
+    """Returns a digest of a value that JSON has."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, list[Evaluation]]:
     """Returns what turns questions into prompts, and every evaluation of the command line, with its
     examples read and its adapter checked. No weights are loaded. Raises ValueError and OSError."""
@@ -254,23 +283,28 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
     for given, what in ((config.adapter, "--adapter"), (names, "--task and --data")):
         if len(set(given)) < len(given):
             raise ValueError(f"{what}: the same is given twice")
-    tasks = []
-    for task, data in names:
+    tasks, shots_data = [], iter(config.shots_data)
+    for (task, data), count in zip(names, config.shots_of_tasks()):
         stems = [other.stem for name, other in names if name == task]
         short = data.stem if stems.count(data.stem) == 1 else data
         column = f"{task}:{short}" if len(stems) > 1 else task
-        examples = read_examples(data, task, ask)
+        shown = ask.with_shots(TASKS[task].read, next(shots_data), count) if count else ask
+        examples = read_examples(data, task, shown)
+        of_data = {
+            "shots": count or None,  # older runs do not have it
+            "examples of shots": hash_value([shot[:2] for shot in shown.shots]) if count else None,
+            "data or prompts": hash_value(examples),
+        }
         some = examples[: config.limit]
         check_lengths(data, task, some, ask, meta.config, config.max_new_tokens)
-        digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-        tasks.append((column, task, data, examples, digest))
+        tasks.append((column, task, data, examples, of_data))
     evaluations, output = [], Path(config.output)
-    for variant, (column, task, data, examples, digest) in product(variants, tasks):
+    for variant, (column, task, data, examples, of_data) in product(variants, tasks):
         name, adapter, weights = variant
         identity = made_by | {
             "adapter": weights,
             "task": task,
-            "data or prompts": digest,
+            **of_data,
             "chat_format": ask.tokenizer.chat.name,
             "max_new_tokens": config.max_new_tokens or TASKS[task].max_new_tokens,
             "dtype": str(choose_dtype(config.dtype, device)),
@@ -290,7 +324,7 @@ def check_output(config: EvalConfig) -> Path:
         if output.is_file():
             raise ValueError(f"{output}: is a file; a folder, or NAME.jsonl, is required")
         return output / "results.json"
-    check_output_file(output, config.data)
+    check_output_file(output, [*config.data, *config.shots_data])
     if max(len(config.adapter) + config.base, 1) * len(config.task) > 1:
         raise ValueError(f"--output is {output}; for several evaluations, name a folder")
     of_folder = output.with_name("results.json")
@@ -321,7 +355,7 @@ def begin(results_file: Path, evaluations: list[Evaluation], config: EvalConfig)
     --overwrite it is deleted. Raises JudgeError if the judge refuses."""
     saved, differing = read_results(results_file), []
     for e in evaluations:
-        check_output_file(e.file, config.data)
+        check_output_file(e.file, [*config.data, *config.shots_data])
         for part in e.parts():
             if not any(objects_in(part)[:1]):  # killed before the first answer
                 part.unlink()

@@ -7,6 +7,7 @@ else.
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from typing import NamedTuple
@@ -147,12 +148,14 @@ class Chat:
             said = f"{type(error).__name__}: {error}"
             raise ValueError(f"the chat template ({self.source}) refuses it: {said}") from None
 
-    def prompt(self, question: str) -> str:
+    def prompt(self, question: str, earlier: Iterable[tuple[str, str]] = ()) -> str:
         """Returns the text that asks for an answer to a question, without a begin of sequence.
-        Raises ValueError."""
+        `earlier` questions and their answers are the turns before it. Raises ValueError."""
         self.check_tokens("questions")
-        asked = self.render([Message("question", "user", question)], generation_prompt=True)
-        return asked.removeprefix(self.bos)
+        roles = "user", "assistant"
+        turns = [Message("turn", *said) for pair in earlier for said in zip(roles, pair)]
+        turns.append(Message("question", "user", question))
+        return self.render(turns, generation_prompt=True).removeprefix(self.bos)
 
     def answer(self, content: str) -> str:
         """Returns what follows a prompt: the answer and its end, as in training."""

@@ -16,7 +16,18 @@ from chat import Tokenizer, text_field
 from files import read_json
 from generate import likelihoods
 from model import Transformer
-from tasks.common import Ask, Predictions, Result, Task, by_row, stated, text_list, typed_field
+from tasks.common import (
+    Ask,
+    Predictions,
+    Result,
+    Task,
+    by_row,
+    by_subject,
+    stated,
+    text_list,
+    typed_field,
+)
+from tasks.spacing import join_choice
 
 BLOCK = 64  # questions that are answered, and written, together
 
@@ -46,22 +57,20 @@ class Choice(Task):
     def result_of(self, examples: list[dict], judge=None) -> Result:
         """Scores the likeliest choice, and the likeliest by letter: log-likelihoods divided by the
         length of the choice's text, as lm-evaluation-harness' acc_norm."""
-        records, groups = [], {}
+        records = []
         for e in examples:
             right = e["place"] if "place" in e else e["choices"].index(e["raw_answers"][0])
             by_letter = [log / len(c) for log, c in zip(e["loglikelihoods"], e["choices"])]
             best, normalised = (v.index(max(v)) == right for v in (e["loglikelihoods"], by_letter))
             records.append({"example": e, "score": int(best), "score_normalised": int(normalised)})
-            if "subject" in e:
-                groups.setdefault(e["subject"], []).append(int(best))
         sizes = Counter(e.get("subject") for e in examples)
         weights = [1 / sizes[e.get("subject")] if self.by_subject else 1 for e in examples]
-        accuracy = {"accuracy": fmean([r["score"] for r in records], weights)}
+        scores = [r["score"] for r in records]
+        accuracy = {"accuracy": fmean(scores, weights)}
         normalised = {"normalised": fmean([r["score_normalised"] for r in records], weights)}
         metrics = normalised | accuracy if self.by_letter else accuracy | normalised
-        subjects = {name: fmean(scores) for name, scores in groups.items()}
         unit = "questions, each subject weighing the same" if self.by_subject else "questions"
-        return Result(metrics, len(records), unit, records, groups=subjects)
+        return Result(metrics, len(records), unit, records, groups=by_subject(examples, scores))
 
     def check_answer(self, example: dict, where: str) -> None:
         choices, logs = text_list(example, "choices", where, 2), example.get("loglikelihoods")
@@ -78,8 +87,6 @@ class Choice(Task):
             if type(example["place"]) is not int or example["place"] not in right:
                 needed = f"one of {right} is required, where raw_answers[0] is"
                 raise ValueError(f"{where}: {stated(example, 'place')}; {needed}")
-        if not isinstance(example.get("subject", ""), str):
-            raise ValueError(f"{where}: {stated(example, 'subject')}; a string is required")
 
 
 def is_finite(value) -> bool:
@@ -115,25 +122,6 @@ def choice_likelihoods(
     return [[next(sums) for _ in example["choices"]] for example in examples]
 
 
-# Behind these, Chinese and Japanese have no space. Korean has one, and so have emoji.
-UNSPACED = re.compile(
-    "["
-    "\u2e80-\u312f\u3190-\u31ff"  # CJK punctuation, kana, bopomofo; between the two is Hangul
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # ideographs
-    "\ufe10-\ufe1f\ufe30-\ufe6f"  # vertical and small punctuation
-    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"  # full-width punctuation
-    "\uff66-\uff9f\U0001aff0-\U0001b16f"  # half-width and rare kana
-    "]"
-)
-
-
-def join_choice(prompt: str, choice: str) -> str:
-    """Puts a space between them, unless the prompt ends with white space, or with what has no space
-    behind it. The choice does not matter: all choices of a question are joined the same way."""
-    end = prompt[-1:]
-    return prompt + choice if end.isspace() or UNSPACED.match(end) else f"{prompt} {choice}"
-
-
 def choice_example(prompt: str, choices: list[str], place, where: str, answer: str) -> dict:
     """Returns an example. `place` is the right choice's number; errors say `answer`, the row's."""
     if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(choices):
@@ -146,6 +134,11 @@ def choice_example(prompt: str, choices: list[str], place, where: str, answer: s
         "choices": choices,
         "place": place,  # two choices may have the same text
     }
+
+
+def behind_shots(example: dict, where: str, ask: Ask) -> dict:
+    """Returns an example with the shots before its prompt."""
+    return example | {"prompt": ask.text(example["prompt"], where, example["raw_answers"][0])}
 
 
 def place_in(labels: list[str], label) -> int | None:
@@ -172,7 +165,8 @@ def read_hellaswag(row: dict, where: str, ask: Ask) -> dict:
     endings = text_list(row, "endings", where, least=2)
     endings = [clean(ending) if clean(ending).strip() else ending for ending in endings]
     prompt = clean(f"{activity}: {a} {b.capitalize()}")
-    return choice_example(prompt, endings, label, where, stated(row, "label"))
+    example = choice_example(prompt, endings, label, where, stated(row, "label"))
+    return behind_shots(example, where, ask)
 
 
 def read_arc(row: dict, where: str, ask: Ask) -> dict:
@@ -189,7 +183,8 @@ def read_arc(row: dict, where: str, ask: Ask) -> dict:
     if len(labels) != len(texts):
         raise ValueError(f"{where}: choices: {len(texts)} of text, {len(labels)} of label")
     place, prompt = place_in(labels, row.get("answerKey")), f"Question: {question}\nAnswer:"
-    return choice_example(prompt, texts, place, where, stated(row, "answerKey"))
+    example = choice_example(prompt, texts, place, where, stated(row, "answerKey"))
+    return behind_shots(example, where, ask)
 
 
 def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
@@ -198,7 +193,8 @@ def read_cluewsc(row: dict, where: str, ask: Ask) -> dict:
     name, pronoun = (text_field(target, f"span{i}_text", where) for i in (1, 2))
     prompt = f"{text}\n问题：上文中的“{pronoun}”指的是“{name}”吗？\n答案："
     place = place_in(["true", "false"], str(row.get("label")).lower())
-    return choice_example(prompt, ["是", "不是"], place, where, stated(row, "label"))
+    example = choice_example(prompt, ["是", "不是"], place, where, stated(row, "label"))
+    return behind_shots(example, where, ask)
 
 
 LETTERS = ["A", "B", "C", "D"]
@@ -302,7 +298,7 @@ TASKS = {
     "ceval_test": Choice(
         "the same, and test/ with answers, as of 2025", read_ceval_test, by_subject=True
     ),
-    "hellaswag": Choice(PUBLISHED, by_row(read_hellaswag), by_letter=True),
-    "arc": Choice(PUBLISHED, by_row(read_arc), by_letter=True),
-    "cluewsc": Choice(PUBLISHED, by_row(read_cluewsc)),
+    "hellaswag": Choice(PUBLISHED, by_row(read_hellaswag), by_letter=True, takes_shots=True),
+    "arc": Choice(PUBLISHED, by_row(read_arc), by_letter=True, takes_shots=True),
+    "cluewsc": Choice(PUBLISHED, by_row(read_cluewsc), takes_shots=True),
 }

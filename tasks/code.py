@@ -42,10 +42,16 @@ def read_humaneval(row: dict, where: str, ask: Ask) -> dict:
 
 
 def read_mbpp(path: str | Path, ask: Ask) -> list[dict]:
-    """The published files hold all splits; the test's rows have task_id 11 to 510."""
-    rows = [(at, row) for at, row in read_rows(path) if row.get("task_id", 11) in range(11, 511)]
+    """The published files hold all splits: the test's rows have task_id 11 to 510, the shots 1 to
+    10, of which 2, 3 and 4 are the usual ones, so they come first."""
+    first, last, split = (1, 10, "prompt") if ask.collects else (11, 510, "test")
+    rows = read_rows(path)
+    rows = [(at, row) for at, row in rows if row.get("task_id", last) in range(first, last + 1)]
     if not rows:
-        raise ValueError(f"{path}: no row has a task_id from 11 to 510, the published test")
+        said = f"no row has a task_id from {first} to {last}, the published {split}"
+        raise ValueError(f"{path}: {said}")
+    if ask.collects:
+        rows.sort(key=lambda found: found[1].get("task_id") == 1)
     return [read_mbpp_row(row, where, ask) for where, row in rows]
 
 
@@ -60,12 +66,13 @@ def read_mbpp_row(row: dict, where: str, ask: Ask) -> dict:
         f"You are an expert Python programmer, and here is your task: {task} Your code should pass "
         "these tests:\n\n" + "\n".join(tests)
     )
-    prompt, test = ask(asked, f"{asked}\n[BEGIN]\n"), "\n".join([*imports, *setup, *tests, ""])
-    example = {"prompt": prompt, "raw_answers": [text_field(row, "code", where)]}
-    return example | {"code": "", "entry_point": "", "test": test}
+    code, test = text_field(row, "code", where), "\n".join([*imports, *setup, *tests, ""])
+    answers = f"```python\n{code}\n```", f"{code}\n[DONE]"
+    prompt = ask(asked, f"{asked}\n[BEGIN]\n", where, *answers)
+    return {"prompt": prompt, "raw_answers": [code], "code": "", "entry_point": "", "test": test}
 
 
 TASKS = {
     "humaneval": Code("the published rows", by_row(read_humaneval)),
-    "mbpp": Code("the published rows", read_mbpp),
+    "mbpp": Code("the published rows", read_mbpp, takes_shots=True),
 }

@@ -7,21 +7,30 @@ needs. Readers raise ValueError that names file, line and field.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from chat import Tokenizer, is_text, is_training_row, prompt_and_answer, read_rows, text_field
 from generate import generate_each
 from model import Transformer
 from tasks.judge import Judge
 from tasks.reasoning import answer_in, without_reasoning
+from tasks.spacing import join_choice
 
 ANSWERS = "rows of prompt (in its chat format) and raw_answers, or of a training file"
 
 Predictions = Iterator[tuple[int, dict]]  # number of an example, and the example with its answer
 Reader = Callable[[str | Path, "Ask"], list[dict]]  # of a file or folder
+
+
+class Shot(NamedTuple):
+    """A question with its answer, as an example before other questions."""
+
+    question: str
+    answer: str
+    where: str  # its file and line
 
 
 @dataclass
@@ -31,9 +40,43 @@ class Ask:
     tokenizer: Tokenizer
     plain: bool = False
     context: int | None = None  # tokens that the model was made for
+    shots: list[Shot] = field(default_factory=list)  # stand before each question
+    collects: bool = False  # whether questions become shots, and no prompts
 
-    def __call__(self, chat: str, plain: str) -> str:
-        return plain if self.plain else self.tokenizer.chat.prompt(chat)
+    def __call__(
+        self, chat: str, plain: str, where: str = "", answer: str = "", plain_answer: str = ""
+    ) -> str:
+        """Returns the prompt. The reader of a task that takes shots gives the place of its row and
+        the answer that an example shows, and another one for `plain` where that differs."""
+        if self.plain:
+            return self.text(plain, where, plain_answer or answer)
+        shots = self.shots_before(chat, where, answer)
+        return "" if self.collects else self.tokenizer.chat.prompt(chat, (s[:2] for s in shots))
+
+    def text(self, question: str, where: str, answer: str) -> str:
+        """Returns the prompt as plain text, as multiple choice has it always. Blank lines are
+        between the shots, as in lm-evaluation-harness."""
+        shots = self.shots_before(question, where, answer)
+        return "".join(f"{join_choice(s.question, s.answer)}\n\n" for s in shots) + question
+
+    def shots_before(self, question: str, where: str, answer: str) -> list[Shot]:
+        """Returns the shots. Raises ValueError if the question is one of theirs."""
+        if self.collects:
+            self.shots.append(Shot(question, answer, where))
+            return []
+        for shot in self.shots:
+            if shot.question == question:
+                raise ValueError(f"{where}: the question is also an example, {shot.where}")
+        return self.shots
+
+    def with_shots(self, read: Reader, path: str | Path, count: int) -> "Ask":
+        """Returns the same with the first `count` questions of a file as shots."""
+        collector = replace(self, shots=[], collects=True)
+        read(path, collector)
+        if len(collector.shots) < count:
+            held = f"holds {len(collector.shots)} examples"
+            raise ValueError(f"{path}: {held}; {count} are required (--shots)")
+        return replace(self, shots=collector.shots[:count])
 
     def say_too_long(self, rows: list[list[int]], more: str = "") -> None:
         """Prints how many of the rows that the model will read are longer than its context."""
@@ -56,6 +99,15 @@ class Result:
     @property
     def mean(self) -> float | None:
         return next(iter(self.metrics.values()))
+
+
+def by_subject(examples: list[dict], scores: list[int]) -> dict[str, float]:
+    """Returns the mean score of each subject, of the examples that have one."""
+    groups: dict[str, list[int]] = {}
+    for example, score in zip(examples, scores):
+        if "subject" in example:
+            groups.setdefault(example["subject"], []).append(score)
+    return {name: fmean(scores) for name, scores in groups.items()}
 
 
 def by_row(read: Callable[[dict, str, Ask], dict | None]) -> Reader:
@@ -123,6 +175,7 @@ class Task:
     score: Callable[[str, list[str]], int] | None = None  # of a completion and the answers
     max_new_tokens: int = 128
     check: Callable[[dict, str], object] = read_answers  # raises for a saved row that has no score
+    takes_shots: bool = False  # whether `read` gives `ask` the answers that examples show
 
     decodes: ClassVar[bool] = True  # whether the model writes new tokens
     is_judged: ClassVar[bool] = False  # whether a language model gives the points
@@ -147,7 +200,8 @@ class Task:
         answers = [answer_in(e) for e in examples]
         scores = [self.score(answer, e["raw_answers"]) for answer, e in zip(answers, examples)]
         records = [{"example": e, "score": score} for e, score in zip(examples, scores)]
-        return Result({"accuracy": fmean(scores)}, len(records), "samples", records)
+        groups = by_subject(examples, scores)
+        return Result({"accuracy": fmean(scores)}, len(records), "samples", records, groups=groups)
 
     def saved_example(self, row: dict, where: str) -> dict:
         """Returns the example of a saved row, if it has what its score needs. Raises ValueError."""
@@ -155,6 +209,8 @@ class Task:
         self.check(example, where)
         if self.has_completions:
             text_field(example, "raw_prediction", where)
+        if not isinstance(example.get("subject", ""), str):
+            raise ValueError(f"{where}: {stated(example, 'subject')}; a string is required")
         self.check_answer(example, where)
         return example
 

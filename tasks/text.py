@@ -56,13 +56,18 @@ def score_intent(prediction: str, answers: list[str]) -> int:
     return int(intent == answer.get("intent", "") and slots == expected)
 
 
+STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
 def read_gsm8k(row: dict, where: str, ask: Ask) -> dict:
     """Reads {"question", "answer"}, the answer's number behind ####, as published."""
     question, answer = text_field(row, "question", where), text_field(row, "answer", where)
     if "####" not in answer or final_number(answer) is None:
         raise ValueError(f"{where}: field answer is {answer!r:.60}; it must end with #### NUMBER")
-    step_by_step = "Please reason step by step, and put your final answer within \\boxed{}."
-    prompt = ask(f"{question}\n{step_by_step}", f"Question: {question}\nAnswer:")
+    solution, _, number = answer.partition("####")
+    boxed = f"{solution.rstrip()}\n\\boxed{{{number.strip()}}}"  # as the chat question asks
+    plain = f"Question: {question}\nAnswer:"
+    prompt = ask(f"{question}\n{STEP_BY_STEP}", plain, where, boxed, answer)
     return {"prompt": prompt, "raw_answers": [answer]}
 
 
@@ -77,17 +82,22 @@ BOX = r"\\(?:boxed|fbox)\s*\{"
 GROUPING = r"(?<=\d)(?:\\[,;:! ]|\{,\}|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))"
 
 
-def boxed_number(text: str) -> str | None:
-    """Returns the number in a box. `text` is what follows its opening brace. Of an equation the
-    result counts, the side with the fewest numbers: 72 in 12 \\times 6 = 72."""
-    depth, end = 1, len(text)
+def closing_brace(text: str) -> int:
+    """Returns where the brace closes that was opened before the text: at its end, if it does not
+    close."""
+    depth = 1
     for i, letter in enumerate(text):  # braces nest
         depth += (letter == "{") - (letter == "}")
         if depth == 0:
-            end = i
-            break
+            return i
+    return len(text)
+
+
+def boxed_number(text: str) -> str | None:
+    """Returns the number in a box. `text` is what follows its opening brace. Of an equation the
+    result counts, the side with the fewest numbers: 72 in 12 \\times 6 = 72."""
     sides = []
-    for side in re.split(r"=|\\approx|≈", text[:end]):
+    for side in re.split(r"=|\\approx|≈", text[: closing_brace(text)]):
         # MATH's rules drop a unit on the right, then spaces.
         value = side.split("\\text{ ")[0] or side
         if numbers := re.findall(NUMBER, "".join(value.split())):
@@ -115,15 +125,18 @@ def score_number(prediction: str, answers: list[str]) -> int:
 
 
 def read_trivia(row: dict, where: str, ask: Ask) -> dict:
-    """Reads {"question", "answers": [...]}, or the hub's "answer": {"value", "aliases": [...]}."""
+    """Reads {"question", "answers": [...]}, or the hub's "answer": {"value", "aliases": [...]}, of
+    which an example shows the first alias, as in lm-evaluation-harness."""
     question, answer = text_field(row, "question", where), row.get("answer")
     if isinstance(answer, dict):
         value = text_field(answer, "value", f"{where}: field answer")
-        answers = [value, *text_list(answer, "aliases", f"{where}: field answer", least=0)]
+        aliases = text_list(answer, "aliases", f"{where}: field answer", least=0)
+        answers, shown = [value, *aliases], [*aliases, value][0]
     else:
         answers = text_list(row, "answers", where)
+        shown = answers[0]
     asked = f"{question}\nAnswer with a name or a few words, without a sentence."
-    prompt = ask(asked, f"Question: {question}\nAnswer:")
+    prompt = ask(asked, f"Question: {question}\nAnswer:", where, shown)
     return {"prompt": prompt, "raw_answers": list(dict.fromkeys(answers))}
 
 
@@ -142,6 +155,15 @@ def score_trivia(prediction: str, answers: list[str]) -> int:
 TASKS = {
     "exact": Task(ANSWERS, by_row(read_answers), score_exact),
     "intent": Task(f"ESFT's: {ANSWERS}", by_row(read_intent), score_intent, check=read_intent),
-    "gsm8k": Task("rows of question, answer", by_row(read_gsm8k), score_number, 512, check_gsm8k),
-    "triviaqa": Task("rows of question and answers", by_row(read_trivia), score_trivia, 32),
+    "gsm8k": Task(
+        "rows of question, answer",
+        by_row(read_gsm8k),
+        score_number,
+        512,
+        check_gsm8k,
+        takes_shots=True,
+    ),
+    "triviaqa": Task(
+        "rows of question and answers", by_row(read_trivia), score_trivia, 32, takes_shots=True
+    ),
 }
