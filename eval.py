@@ -56,7 +56,7 @@ class EvalConfig(Keys):
     task: list[str] = key((), "tasks of the list below; may be given several times")
     data: list[str] = key((), "a file or folder for each task")
     output: str = key("", "a folder, or NAME.jsonl for the completions of a single evaluation")
-    max_new_tokens: int = key(0, "longest completion; 0: the task's own, 32 to 512", at_least=1)
+    max_new_tokens: int = key(0, "longest completion; 0: the task's own, 32 to 1024", at_least=1)
     batch_size: int = key(0, "most prompts decoded together; 0: as many as fit", at_least=0)
     limit: int | None = key(None, "only the first examples; a larger limit continues", at_least=1)
     chat_format: str = key(

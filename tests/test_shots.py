@@ -13,7 +13,7 @@ from tasks import TASKS, read_examples
 EOS = "<｜end▁of▁sentence｜>"
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FEW_WORDS = "\nAnswer with a name or a few words, without a sentence."
-TAKERS = ["hellaswag", "arc", "cluewsc", "mbpp", "gsm8k", "triviaqa"]
+TAKERS = ["hellaswag", "arc", "cluewsc", "mbpp", "math", "gsm8k", "triviaqa"]
 
 
 def few(tmp_path, task, shots, row, ask=PLAIN, count=None) -> dict:
@@ -117,6 +117,22 @@ def test_mbpp_by_hand(tmp_path):
     only_test = write_rows(tmp_path / "test.jsonl", [row(11)])
     with pytest.raises(ValueError, match="no row has a task_id from 1 to 10, the published prompt"):
         PLAIN.with_shots(TASKS["mbpp"].read, only_test, 1)
+
+
+def test_math_by_hand(tmp_path):
+    shots = [{"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$."}]
+    shots += [{"problem": "Find $x$.", "solution": "So $x = \\boxed 5$.", "level": "Level 1"}]
+    asked = {"problem": "Half of 3?", "solution": "\\fbox{1.5}"}
+    assert few(tmp_path, "math", shots, asked)["prompt"] == (
+        "Problem:\nWhat is $1+1$?\n\nSolution: It is $\\boxed{2}$.\n\n"
+        "Problem:\nFind $x$.\n\nSolution: So $x = \\boxed 5$.\n\n"
+        "Problem:\nHalf of 3?\n\nSolution:"
+    )
+    assert few(tmp_path, "math", shots, asked, CHAT)["prompt"] == (
+        f"User: What is $1+1$?{BOXED}\n\nAssistant: It is $\\boxed{{2}}$.{EOS}"
+        f"User: Find $x$.{BOXED}\n\nAssistant: So $x = \\boxed 5$.{EOS}"
+        f"User: Half of 3?{BOXED}\n\nAssistant:"
+    )
 
 
 @pytest.mark.parametrize("ask", [PLAIN, CHAT])
