@@ -4,7 +4,8 @@ To add a task, add a file here that holds its tasks, as
 
     TASKS = {"reverse": Task("rows of prompt and raw_answers", by_row(read_answers), score_reverse)}
 
-and eval.py, train.py's eval_sets and `--help` know it.
+and eval.py, train.py's eval_sets and `--help` know it. It takes `--shots`, if its reader gives
+`ask` the answer that an example shows, and the task says takes_shots=True.
 """
 
 import importlib
