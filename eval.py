@@ -32,7 +32,7 @@ from adapter import load_adapter, read_adapter
 from chat import FORMATS, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
 from config import Keys, add_keys, key, read_keys, refusal
-from families import flat
+from families import context_length
 from fast.packed import QUANTIZATIONS
 from files import check_output_file, locked, read_json, write_json, write_lines
 from model import Transformer
@@ -262,9 +262,7 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
     """Returns what turns questions into prompts, and every evaluation of the command line, with its
     examples read and its adapter checked. No weights are loaded. Raises ValueError and OSError."""
     meta, _ = read_checkpoint(base, config.model_config)
-    context = flat(read_json(base / "config.json")).get("max_position_embeddings")
-    context = context if isinstance(context, int) else None
-    ask = Ask(load_tokenizer(base, config.chat_format), config.plain, context)
+    ask = Ask(load_tokenizer(base, config.chat_format), config.plain, context_length(base))
     settings = [base / name for name in SETTINGS if (base / name).is_file()]
     made_by = {"base": meta.fingerprint, "base's settings": hash_files(settings)}
     for name in ("model_config", "quantize"):

@@ -206,6 +206,12 @@ def flat(raw: dict) -> dict:
     return raw | text | {"model_type": raw.get("model_type")} if isinstance(text, dict) else raw
 
 
+def context_length(directory: Path) -> int | None:
+    """Returns how many tokens a row of a checkpoint may have, as its config.json says."""
+    most = flat(read_json(directory / "config.json")).get("max_position_embeddings")
+    return most if isinstance(most, int) else None
+
+
 def language_model(raw: dict, family: Family) -> dict:
     """Returns the fields of the language model, which may be one part of a model."""
     if not family.text:

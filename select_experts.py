@@ -27,10 +27,8 @@ from families import read_config
 from fast.packed import QUANTIZATIONS
 from files import check_output_file, read_json, write_json
 from model import Routing, Transformer
+from pictures import Experts, Scores, plot_scores
 from processes import SingleProcess, meet
-
-Scores = dict[str, dict[str, dict[str, float]]]  # as in a score file
-Experts = dict[str, list[int]]  # layer -> the selected experts
 
 
 class Score(NamedTuple):
@@ -234,30 +232,8 @@ def describe(experts: Experts, scores: Scores, score: str) -> str:
         lines.append(f"{layer:>5} {len(experts[layer]):>7} {held:>6.3f}  {names}")
     total = sum(map(len, experts.values()))
     of = sum(map(len, scores[f"{score}_scores"].values()))
-    return "\n".join([*lines, f"selected {total} of {of} experts ({total / of:.1%})"])
-
-
-def draw_scores(axes, scores: Scores, score: str, experts: Experts) -> None:
-    """Draws a heat map of the scores into matplotlib's `axes`, with the selected experts marked."""
-    values = scores[f"{score}_scores"]
-    layers = sorted(values, key=int)
-    rows = [[values[layer][e] for e in sorted(values[layer], key=int)] for layer in layers]
-    image = axes.imshow(rows, aspect="auto", cmap="viridis")
-    marks = [(e, i) for i, layer in enumerate(layers) for e in experts.get(layer, [])]
-    if marks:
-        axes.scatter(*zip(*marks), marker="s", s=30, facecolors="none", edgecolors="red")
-    axes.set_yticks(range(len(layers)), layers)
-    marked = " (red: selected)" if marks else ""
-    axes.set(xlabel="expert", ylabel="layer", title=f"{score} scores{marked}")
-    axes.figure.colorbar(image, ax=axes)
-
-
-def plot_scores(scores: Scores, score: str, experts: Experts, path: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 1.5 + 0.25 * len(scores[f"{score}_scores"])), layout="constrained")
-    draw_scores(figure.subplots(), scores, score, experts)
-    figure.savefig(path, dpi=120)
+    lines.append(f"selected {total} of {of} experts ({total / of:.1%})")
+    return "\n".join([*lines, f"score: the part of the layer's {score} score that they hold"])
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -16,7 +16,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,13 +25,12 @@ from adapter import everything, load_adapter, read_expert_cfg, save_adapter
 from checkpoint import load_model
 from config import read_keys
 from data import Rows, micro_batches, rows_of_step, sample_tokens
-from files import read_json, write_json, write_lines
+from files import write_json
 from generate import not_finite
 from model import Block, Transformer, token_losses
 from peft_format import save_lora
 from processes import SingleProcess
 from select_experts import Scores, choose, collect_scores, describe, read_scores, scoring_batches
-from tasks import answer_file, score
 from training.checkpointing import first_checkpointed, settle_checkpointing
 from training.config import TrainConfig, config_parser
 from training.directory import RunDirectory
@@ -40,7 +38,9 @@ from training.host_optimizer import check_host_memory, make_optimizer
 from training.inputs import Inputs, read_inputs
 from training.optimizer import MasterAdamW, learning_rate_at, mark_trained
 from training.plan import plan
-from training.report import Clock, print_results, print_start, print_step, report
+from training.evaluation import evaluate
+from training.head import say_what_cannot_be_learned
+from training.report import Clock, print_heading, print_results, print_start, print_step, report
 from training.stopping import (
     ENDINGS,
     ending,
@@ -86,6 +86,8 @@ def run(config: TrainConfig, inputs: Inputs, output: RunDirectory, ranks: Single
     optimizer = make_optimizer(parameters, config)
     state = output.resume(optimizer, trained)
     print_start(config, inputs, expert_cfg, trained, state["step"])
+    if not state["step"]:
+        say_what_cannot_be_learned(config, model, inputs, trained, losses_of)
     started -= state["seconds"]  # the time of earlier processes counts, too
     job = Job(config, inputs, output, ranks, model, expert_cfg, optimizer)
     best_loss = loop(job, state, started)
@@ -123,7 +125,7 @@ def score_experts(
     def collect() -> Scores:
         sizes = config.scored_tokens, config.seq_length, config.seed
         sequences = sample_tokens(inputs.samples, *sizes)
-        print(f"scores the experts on {sum(map(len, sequences)):,} tokens of the data", flush=True)
+        print_heading(f"scoring on {sum(map(len, sequences)):,} tokens of {config.data}")
         batches = scoring_batches(sequences, inputs.tokenizer.pad_id)
         return collect_scores(model, batches, config.average)
 
@@ -143,6 +145,7 @@ def choose_experts(
         if config.expert_config:
             return read_expert_cfg(config.expert_config, inputs.base_config)
         expert_cfg = choose(scores, config)
+        print_heading("selecting")
         print(describe(expert_cfg["experts"], scores, config.score))
         return expert_cfg
 
@@ -302,36 +305,6 @@ def be_deterministic(on: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it before CUDA
     torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
-
-
-# ------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def evaluate(
-    config: TrainConfig, model: Transformer, inputs: Inputs, output: RunDirectory, when: str
-) -> dict:
-    """Evaluates every set and returns the means; keeps completions and means in eval/."""
-
-    def read_means(path: Path) -> dict | None:
-        means = read_json(path)
-        return means if isinstance(means, dict) and means.keys() == {*config.eval_sets} else None
-
-    def conclude(i: int, task: str, path: str, examples: list[dict]) -> dict:
-        result = score(task, examples)
-        write_lines(output.file(f"eval/{when}.{i}.{Path(path).stem}.jsonl"), result.records)
-        print(f"{when} training: {task} on {path}: {result.mean:.3f}", flush=True)
-        return {"mean": result.mean, "count": result.count, "unit": result.unit}
-
-    def answer_all() -> dict:
-        means = {}
-        for i, entry in enumerate(config.eval_sets, 1):
-            task, _, path = entry.partition(":")
-            examples = answer_file(model, inputs.tokenizer, task, path, config.max_new_tokens)
-            means[entry] = output.ranks.on_first(conclude, i, task, path, examples)
-        return means
-
-    return output.once(f"eval/{when}.json", answer_all, read_means)
 
 
 # ------------------------------------------------------------------------------------------

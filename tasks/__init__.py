@@ -48,12 +48,16 @@ def check_lengths(
     max_new_tokens: int = 0,
 ) -> None:
     """Raises ValueError that names the file, if an example is too long (`ModelConfig.check_row`)
-    with `max_new_tokens`; 0: the task's."""
-    if config.index_topk and examples:  # other models need no encoding here
-        kind = TASKS[task]
-        new = (max_new_tokens or kind.max_new_tokens) if kind.decodes else 0
-        longest = max(map(len, kind.rows(ask, examples)))
-        config.check_row(longest + new, f"{path}: the longest row with its {new} new tokens")
+    with `max_new_tokens`; 0: the task's. Prints how many are longer than the model's context. A
+    question with choices counts with its longest one."""
+    kind = TASKS[task]
+    new = (max_new_tokens or kind.max_new_tokens) if kind.decodes else 0
+    lengths = [len(row) for row in kind.rows(ask, examples)]
+    longest = max(lengths, default=0) + new
+    config.check_row(longest, f"{path}: the longest row with its {new} new tokens")
+    if too_long := sum(length > (ask.context or length) for length in lengths):
+        most = f"the {ask.context} tokens of max_position_embeddings"
+        print(f"{path}: {too_long} of {len(lengths)} prompts are longer than {most}", flush=True)
 
 
 def answer_file(

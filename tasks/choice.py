@@ -45,7 +45,6 @@ class Choice(Task):
 
     def predict(self, model, ask, examples, max_new_tokens, batch_size=0) -> Predictions:
         """Adds loglikelihoods, one a choice, and raw_prediction, the likeliest choice."""
-        ask.say_too_long(self.rows(ask, examples), ", with their longest choice")
         size = batch_size or BLOCK
         starts = range(0, len(examples), size)
         for start in tqdm(starts, "score", unit="batch", leave=False, disable=None):

@@ -78,12 +78,6 @@ class Ask:
             raise ValueError(f"{path}: {held}; {count} are required (--shots)")
         return replace(self, shots=collector.shots[:count])
 
-    def say_too_long(self, rows: list[list[int]], more: str = "") -> None:
-        """Prints how many of the rows that the model will read are longer than its context."""
-        if too_long := sum(len(ids) > (self.context or len(ids)) for ids in rows):
-            most = f"the {self.context} tokens of max_position_embeddings"
-            print(f"{too_long} of {len(rows)} prompts are longer than {most}{more}", flush=True)
-
 
 @dataclass
 class Result:
@@ -190,7 +184,6 @@ class Task:
     ) -> Predictions:
         """Adds raw_prediction to each example."""
         tokenizer, prompts = ask.tokenizer, self.rows(ask, examples)
-        ask.say_too_long(prompts)
         ends = tokenizer.end_ids
         for i, row in generate_each(model, prompts, max_new_tokens, ends, batch_size):
             yield i, examples[i] | {"raw_prediction": tokenizer.decode(row)}

@@ -13,7 +13,7 @@ FLOORS = [
     {"families"},
     {"fast", "chat"},
     {"checkpoint"},
-    {"lora", "data"},
+    {"lora", "data", "pictures"},
     {"peft_format"},
     {"adapter"},
     {"select_experts", "generate", "merge"},

@@ -10,6 +10,7 @@ from adapter import read_expert_cfg, trained_parameters
 from chat import OWN, Tokenizer, load_tokenizer
 from checkpoint import check_device, local_directory, read_checkpoint
 from data import Rows, Sample, encode_file, epoch_order, pack
+from families import context_length
 from model import ModelConfig, Transformer
 from tasks import Ask, check_lengths, read_examples
 from training.config import TrainConfig, settle_compile
@@ -38,6 +39,10 @@ def read_inputs(config: TrainConfig) -> Inputs:
         fields = f"{base}/config.json: first_k_dense_replace and moe_layer_freq"
         raise ValueError(f"{fields} leave no MoE layer; there are no experts to score")
     whole.config.check_row(config.seq_length, "seq_length")
+    context = context_length(base)
+    if context and config.seq_length > context:
+        most = f"the {context} tokens of max_position_embeddings, for which the base was made"
+        print(f"seq_length is {config.seq_length}: rows are longer than {most}", flush=True)
     count = sum(p.numel() for p in whole.parameters())
     settle_compile(config, whole.config, count)
     tokenizer = load_tokenizer(base, config.chat_format)
@@ -45,7 +50,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     rows, held_out = prepare_rows(config, samples, tokenizer)
     for entry in config.eval_sets:
         task, _, path = entry.partition(":")
-        ask = Ask(tokenizer)
+        ask = Ask(tokenizer, context=context)
         examples = read_examples(path, task, ask)
         check_lengths(path, task, examples, ask, whole.config, config.max_new_tokens)
     if config.expert_config:

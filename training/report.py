@@ -13,9 +13,11 @@ from torch import Tensor
 
 from data import first_sample
 from files import read_json, replacing, write_text
-from select_experts import Scores, draw_scores, read_scores
+from pictures import Scores, draw_scores, heat_map_text
+from select_experts import read_scores
 from training.config import TrainConfig
 from training.directory import read_metrics
+from training.evaluation import answer_lines, print_heading, quality_lines
 from training.inputs import Inputs
 
 KINDS = {  # part of a parameter's name -> what it belongs to; the first that fits counts
@@ -39,6 +41,7 @@ def print_start(
 ) -> None:
     """Prints what is trained, and on how much data. `trained` are parameters of inputs.whole, to
     which LoRA's matrices were added."""
+    print_heading("training")
     counts: dict[str, list[int]] = {}
     parameters = {n: p for n, p in inputs.whole.named_parameters() if ".lora_" not in n} | trained
     for name, p in parameters.items():
@@ -62,7 +65,8 @@ def print_start(
     print(
         f"data: {len(inputs.rows.tokens):,} rows of {config.seq_length} tokens, and "
         f"{len(inputs.held_out.tokens) if inputs.held_out else 0} for validation; "
-        f"{config.steps} steps of {config.batch_size} rows"
+        f"{config.steps} steps of {config.batch_size} rows are "
+        f"{config.steps * config.batch_size / len(inputs.rows.tokens):,.3g} epochs"
     )
     first = tuple(part[-config.seq_length :] for part in inputs.samples[0])  # as `pack` cuts it
     print(first_sample([first], inputs.tokenizer))
@@ -128,14 +132,13 @@ def report(config: TrainConfig) -> list[str]:
     experts = {}
     if config.method != "lora":
         experts = read_json(output / "expert_cfg.json")["experts"]
-    text = report_text(config, results, metrics, scores, experts)
-    drawn = importlib.util.find_spec("matplotlib") is not None
-    if drawn:
-        draw_report(config, metrics, scores, experts, output / "report.png")
-    else:
-        text += "\nfor a picture of it: pip install matplotlib, and run the same command again\n"
-    write_text(output / "report.txt", text)
-    return ["report.txt", *(["report.png"] if drawn else [])]
+    write_text(output / "report.txt", report_text(config, results, metrics, scores, experts))
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"\n{heat_map_text(scores[0], config.score, experts)}")
+        print("for a picture: pip install matplotlib, and run the same command again")
+        return ["report.txt"]
+    draw_report(config, metrics, scores, experts, output / "report.png")
+    return ["report.txt", "report.png"]
 
 
 def report_text(
@@ -179,6 +182,7 @@ def report_text(
         held = [f"{sum(s[layer][e] for e in chosen):>7.3f}" for s in (before, after)]
         shown = f" {len(chosen):>9} {' '.join(held)}" if experts else ""
         lines.append(f"{layer:>5}{shown} {moved:>7.3f}")
+    lines += ["", heat_map_text(scores[0], config.score, experts)]
     return "\n".join(lines) + "\n"
 
 
@@ -211,28 +215,17 @@ def draw_report(
         figure.savefig(part, format="png", dpi=120)
 
 
-def quality_lines(results: dict) -> list[str]:
-    if not results["before"]:
-        return ["no evaluation files were named (eval_sets)"]
-    lines = [f"{'evaluation':<34} {'task':<7} {'before':>7} {'after':>7}"]
-    for entry, before in results["before"].items():
-        task, _, path = entry.partition(":")
-        after = results["after"][entry]
-        lines.append(
-            f"{Path(path).stem:<34} {task:<11} {before['mean']:>7.3f} {after['mean']:>7.3f}   "
-            f"({before['count']:,} {before['unit']})"
-        )
-    return lines
-
-
 def print_results(config: TrainConfig, results: dict, reports: list[str]) -> None:
     output = Path(config.output_dir)
     trained, size = results["trained_parameters"], results["adapter_bytes"] / 2**20
     share, minutes = trained / results["all_parameters"], results["seconds"] / 60
-    print("\n" + "\n".join(quality_lines(results)))
+    print_heading("results")
+    print("\n".join([*quality_lines(results), *answer_lines(config)]))
     cost = f"adapter {size:.1f} MiB, {minutes:.1f} minutes"
     print(f"{results['method']}: trained {trained:,} parameters ({share:.1%}), {cost}")
     print(f"wrote {output}/: adapter/, {', '.join(reports)}, metrics.jsonl, eval/, results.json")
-    changes = f" --model_config {shlex.join(config.model_config)}" if config.model_config else ""
-    files = f"--model {config.model} --adapter {output}/adapter"
-    print(f"next: python merge.py {files} --output MERGED{changes}")
+    changes = ["--model_config", *config.model_config] if config.model_config else []
+    files = shlex.join(["--model", config.model, "--adapter", f"{output}/adapter", *changes])
+    print(f"next: python generate.py {files}    # talk to it")
+    print(f"      {output}/{reports[-1]}    # look at it")
+    print(f"      python merge.py {files} --output MERGED    # for other programs")
