@@ -30,6 +30,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = (
     "train",
     "train_ep",
+    "compare",
     "select_experts",
     "eval",
     "merge",

@@ -20,7 +20,7 @@ FLOORS = [
     {"tasks"},
     {"eval", "training"},
     {"train"},
-    {"train_ep"},
+    {"train_ep", "compare"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in sorted(rooms)}
 PACKAGES = {
