@@ -128,6 +128,8 @@ def read_configs(arguments: argparse.Namespace) -> tuple[dict[str, TrainConfig],
 def check(configs: dict[str, TrainConfig], folder: Path) -> list[RunDirectory]:
     """Returns the directories of all runs. Raises ValueError or OSError if an input of a run is
     wrong, or if its directory is of another run."""
+    if folder.is_file():
+        raise ValueError(f"output_dir is {folder}; it is a file")
     if (folder / "train_config.json").exists():
         raise ValueError(f"output_dir is {folder}; holds a run of train.py, choose another")
     directories = []

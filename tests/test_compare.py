@@ -234,6 +234,9 @@ def test_a_directory_of_something_else_is_refused_before_anything_runs(
         run(compare, config_file, "--methods", "esft")
     assert f"output_dir is {tmp_path}/out; holds a run of train.py" in capsys.readouterr().err
     assert not (tmp_path / "out/esft").exists()
+    with pytest.raises(SystemExit):
+        run(compare, config_file, "--output_dir", str(config_file))
+    assert f"output_dir is {config_file}; it is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -274,6 +277,7 @@ def test_the_table_and_the_figure(tmp_path):
         "base             0.000      1.000\n"
         "non_expert       0.500      0.250    1.50M  25.0%  1.5 MiB      1.5         0.0003\n"
     )
+    assert compare.table({"base": {"scores": {}}, "full": row | {"scores": {}}}).count("\n") == 3
     assert "two eval_sets" in compare.no_figure(["exact:b"])
     assert "no common mean" in compare.no_figure(["exact:b", "loss:c", "intent:d"])
     assert "no common mean" in compare.no_figure(["exact:b", "summary:c", "intent:d"])
