@@ -230,7 +230,8 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         axes.plot(*point, "k*" if name == "base" else "o", markersize=10)
         axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
     task, *others = (title(e) + ", less is better" * is_loss(e) for e in rows["base"]["scores"])
-    axes.set(xlabel=f"task: {task}", ylabel=f"general ability: {', '.join(others)}")
+    mean = "mean of " * (len(others) > 1) + ", ".join(others)
+    axes.set(xlabel=f"task: {task}", ylabel=f"general ability: {mean}")
     axes.margins(0.15)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=120)
@@ -275,7 +276,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not reason:
             draw(rows, folder / "compare.png")
     figure = f"no compare.png ({reason})" if reason else "compare.png"
-    print(f"\n{text}\nwrote {folder}/: compare.txt, compare.json, {figure}; a folder a method")
+    print(f"\n{text}\nwrote {folder}/: compare.txt, compare.json, {figure}; a run for each method")
     adapters = shlex.join(f"{config.output_dir}/adapter" for config in configs.values())
     changes = f" --model_config {shlex.join(config.model_config)}" if config.model_config else ""
     files = f"--model {config.model} --adapter {adapters} --base{changes}"
