@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -14,6 +15,7 @@ from training.config import TrainConfig
 from training.directory import RunDirectory, checkpoints
 from training.inputs import Inputs
 
+PATIENCE = 5.0  # seconds from a second signal to the end of a process that does not follow it
 ENDINGS = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt)
 
 
@@ -77,28 +79,50 @@ def not_finite_message(
 @contextmanager
 def signals_noted(ranks: SingleProcess) -> Iterator[Callable[[], str | None]]:
     """Within this block, a first SIGINT or SIGTERM is only noted, so that the step at hand can be
-    finished. A second one acts as it does outside. Yields a function that returns the name of the
-    signal that a rank received, the same on all ranks."""
+    finished. A second one acts as it does outside; if the step does not let it, it ends the process
+    after `PATIENCE`. Yields a function that returns the name of the signal that a rank received,
+    the same on all ranks."""
     received: list[str] = []
     both = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     # A process in the background of a script is started with SIGINT ignored.
     outside = {s: handler for s, handler in both.items() if handler != signal.SIG_IGN}
+    numbers, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    ended = threading.Event()
 
     def restore() -> None:
         for number, handler in outside.items():
             signal.signal(number, handler)
 
     def note(number: int, frame) -> None:
-        said = b"\nfinishes the step, then writes a checkpoint; again: stops at once\n"
         received.append(signal.Signals(number).name)
         restore()
+
+    def say(words: bytes) -> None:
         with suppress(OSError):  # Ctrl-C ends a `| tee`, too
             if ranks.rank == 0:
-                os.write(2, said)
+                os.write(2, words)
 
+    def watch() -> None:
+        """Runs in a thread, as `note` has to wait for an operation of torch, perhaps for minutes."""
+        count = 0
+        while number := os.read(numbers, 1):
+            count += number[0] in outside
+            if count == 1:
+                say(b"\nfinishes the step, then writes a checkpoint; again: stops at once\n")
+            elif count == 2 and not ended.wait(PATIENCE):
+                say(b"\nstopped within a step; the same command goes on\n")
+                os._exit(130)
+        os.close(numbers)
+
+    before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     for number in outside:
         signal.signal(number, note)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
     try:
         yield lambda: next(chain.from_iterable(ranks.from_all(received)), None)
     finally:
+        ended.set()
         restore()
+        signal.set_wakeup_fd(before)
+        os.close(wakeup)
