@@ -56,7 +56,7 @@ class EvalConfig(Keys):
     task: list[str] = key((), "tasks of the list below; may be given several times")
     data: list[str] = key((), "a file or folder for each task")
     output: str = key("", "a folder, or NAME.jsonl for the completions of a single evaluation")
-    max_new_tokens: int = key(0, "longest completion; 0: the task's own, 32 to 1024", at_least=1)
+    max_new_tokens: int = key(0, "longest completion; 0: the task's own, 32 to 1280", at_least=1)
     batch_size: int = key(0, "most prompts decoded together; 0: as many as fit", at_least=0)
     limit: int | None = key(None, "only the first examples; a larger limit continues", at_least=1)
     chat_format: str = key(
@@ -163,7 +163,7 @@ class Evaluation:
                 example = TASKS[self.task].saved_example(row, "")
                 if number in range(len(self.examples)) and all(
                     self.examples[number].get(name) == example.get(name)
-                    for name in ("prompt", "raw_answers", "choices", "place", "test")
+                    for name in ("prompt", "raw_answers", "choices", "place", "test", "kwargs")
                 ):
                     found[number] = example
         return found
@@ -413,7 +413,7 @@ def describe(result: Result) -> str:
     values = [f"{name} {show(value)}" for name, value in result.metrics.items()]
     if "loss" in result.metrics:
         values.append(f"perplexity {math.exp(min(result.metrics['loss'], 700)):.3f}")
-    missing = f"; {result.missing} without points" if result.missing and result.count else ""
+    missing = f"; {result.missing} samples not scored" if result.missing and result.count else ""
     return f"{', '.join(values)} over {result.count:,} {result.unit}{missing}"
 
 
