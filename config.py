@@ -5,6 +5,8 @@ A key is one line of a dataclass that inherits from `Keys`:
 
     top_p: float | None = key(None, "part of a layer's score to select", above=0, at_most=1)
 
+With `group`, the help has a heading before this key.
+
 Its type is BoolOrAuto; or str, bool, int, float or list[str]; or one of the latter `| None`.
 """
 
@@ -12,13 +14,16 @@ import argparse
 import dataclasses
 import difflib
 import operator
+import sys
+import textwrap
 import tomllib
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Literal, TypeVar, get_args
+from typing import Literal, NoReturn, TypeVar, get_args
 
+PROJECT = Path(__file__).resolve().parent
 BOUNDS = dict(above=operator.gt, at_least=operator.ge, below=operator.lt, at_most=operator.le)
 BoolOrAuto = bool | Literal["auto"]
 READ = {  # type -> how to read a flag's text, and what it must be
@@ -32,12 +37,28 @@ READ = {  # type -> how to read a flag's text, and what it must be
     float: (float, "a number"),
     list[str]: (list, "a list of strings"),
 }
+ELSEWHERE = {  # names in other trainers whose nearest name here is none or a wrong one -> ours
+    "bf16": "dtype",
+    "block_size": "seq_length",
+    "cutoff_len": "seq_length",
+    "dataset_name": "data",
+    "epochs": "steps",
+    "load_in_4bit": "quantize",
+    "lora_alpha": "lora_scaling",
+    "lr": "learning_rate",
+    "max_steps": "steps",
+    "model_name_or_path": "model",
+    "num_epochs": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "train_file": "data",
+}
 
 
-def key(default, meaning: str, choices: Collection[str] = (), **bounds: float):
+def key(default, meaning: str, choices: Collection[str] = (), group: str = "", **bounds: float):
     """Returns a field of a dataclass of keys. `choices` may be a table that grows later; `bounds`
     are those of BOUNDS."""
-    metadata = {"help": meaning, "choices": choices, "bounds": bounds}
+    metadata = {"help": meaning, "choices": choices, "group": group, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -84,9 +105,55 @@ def has_type(value, kind: type) -> bool:
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line. Its help has an example. An error is one line, and ends with status 2."""
+
+    def __init__(self, description: str, example: str):
+        super().__init__(
+            usage="python %(prog)s --key value ...",
+            description=textwrap.fill(description, 80),
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.example = example
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else args
+        if not args:
+            self.error(f"no flags are given; try {self.example}")
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.why_unknown(unknown[0]))
+        return parsed
+
+    def why_unknown(self, word: str) -> str:
+        """Returns what to say of a word of the command line that argparse does not know."""
+        flags = {action.dest: action.help for action in self._actions}
+        if word.startswith("-"):
+            name = word.lstrip("-").split("=")[0]
+            return f"unknown flag --{name}{nearest(name, flags, '--')}"
+        is_config = "config" in flags and word.endswith(".toml")
+        return f"{word} stands without a flag{f'; write --config {word}' if is_config else ''}"
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (all flags: python {self.prog} --help)\n")
+
+
+def nearest(name: str, known: dict[str, str], dashes: str = "") -> str:
+    """Returns a question for the nearest of the `known` names, with its meaning; "" if none is."""
+    name = name.replace("-", "_")
+    ours = ELSEWHERE.get(name)
+    close = [ours] if ours in known else difflib.get_close_matches(name, known, 1)
+    return f'; did you mean {dashes}{close[0]}, "{known[close[0]]}"?' if close else ""
+
+
 def add_keys(parser: argparse.ArgumentParser, kind: type[Keys]) -> None:
     """Adds a flag for each key. A flag that is not given leaves nothing in the namespace."""
+    group = parser
     for f in fields(kind):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         type_ = kind_of(f)
         options = {"metavar": "|".join(f.metadata["choices"]) or "VALUE"}
         if type_ in (bool, BoolOrAuto):
@@ -97,7 +164,7 @@ def add_keys(parser: argparse.ArgumentParser, kind: type[Keys]) -> None:
         shown = str(f.default).lower() if type_ is bool else f.default
         default = "" if f.default in (None, "", ()) else f" (default: {shown})"
         text = (f.metadata["help"] + default).replace("%", "%%")
-        parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **options)
+        group.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **options)
 
 
 K = TypeVar("K", bound=Keys)
@@ -106,7 +173,7 @@ K = TypeVar("K", bound=Keys)
 def read_keys(kind: type[K], arguments: argparse.Namespace, path: str | None = None) -> K:
     """Returns the checked config of a command line; precedence: defaults < the TOML file `path` <
     flags. Raises ValueError that names file, key, value, and what is required."""
-    values = read_toml(path, [f.name for f in fields(kind)]) if path else {}
+    values = read_toml(path, {f.name: f.metadata["help"] for f in fields(kind)}) if path else {}
     flags = {f.name: f for f in fields(kind) if f.name in arguments}
     for name, f in flags.items():
         text, (read, required) = getattr(arguments, name), READ[kind_of(f)]
@@ -124,16 +191,24 @@ def read_keys(kind: type[K], arguments: argparse.Namespace, path: str | None = N
     return config
 
 
-def read_toml(path: str, known: list[str]) -> dict:
+def read_toml(path: str, known: dict[str, str]) -> dict:
+    """Returns what a file says. `known` keys map to their meaning; others raise ValueError."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such config file") from None
+        raise ValueError(no_such(path, "config file")) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{path}: unknown key {name}{meant}")
+            raise ValueError(f"{path}: unknown key {name}{nearest(name, known)}")
     return values
+
+
+def no_such(path: str | Path, kind: str) -> str:
+    """Returns what to say of a path that is not there. A relative one, also in a TOML file, is
+    relative to the working directory. It may be one of this project's, and meant from there."""
+    if Path(path).is_absolute():
+        return f"{path}: no such {kind}"
+    there = f"; it is in {PROJECT}: run the command there" if (PROJECT / path).exists() else ""
+    return f"{path}: no such {kind} in the working directory, {Path.cwd()}{there}"

@@ -9,7 +9,6 @@ A sample is a pair (input_ids, labels) of equally long lists. A label stands at 
 own token (the loss shifts them by one). It is IGNORE where nothing is learned.
 """
 
-import argparse
 import math
 import random
 import shlex
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from chat import FORMATS, OWN, Piece, Tokenizer, load_tokenizer, read_pieces, row_pieces
 from checkpoint import local_directory
-from config import Keys, add_keys, key, read_keys
+from config import Keys, Parser, add_keys, key, read_keys
 
 IGNORE = -100  # the label that torch.nn.functional.cross_entropy passes over
 
@@ -216,11 +215,11 @@ class ShowConfig(Keys):
     show: int = key(3, "samples to print", at_least=1)
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="Print samples of a training file as the model gets them. What is learned "
-        "stands between « and ». Look here first when a run does not learn.",
+def command_line() -> Parser:
+    parser = Parser(
+        "Print samples of a training file as the model gets them. What is learned stands between "
+        "« and ». Look here first when a run does not learn.",
+        "python data.py --model demo/base --data demo/data/intent_train.jsonl --show 1",
     )
     add_keys(parser, ShowConfig)
     return parser

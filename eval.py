@@ -9,7 +9,6 @@ tasks/. Each rank appends its answers to FILE.rankR.part; at the end the first r
 order into FILE. results.json says for each file what made it.
 """
 
-import argparse
 import glob
 import hashlib
 import json
@@ -31,7 +30,7 @@ import torch
 from adapter import load_adapter, read_adapter
 from chat import FORMATS, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
-from config import Keys, add_keys, key, read_keys, refusal
+from config import Keys, Parser, add_keys, key, read_keys, refusal
 from families import context_length
 from fast.packed import QUANTIZATIONS
 from files import check_output_file, locked, read_json, write_json, write_lines
@@ -497,16 +496,18 @@ def rescore_command(config: EvalConfig) -> None:
         print(f"wrote {output}")
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     listed = "\n".join(f"  {name:<12} {task.about}" for name, task in TASKS.items())
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Evaluate a base checkpoint and adapters on tasks, or score saved completions "
-        "again.\nA command that is run again continues; under torchrun, ranks share the examples.",
-        epilog=f"tasks, and what their --data is:\n{listed}\n\nA judge, a language model, grades "
+    parser = Parser(
+        "Evaluate a base checkpoint and adapters on tasks, or score saved completions again. A "
+        "command that is run again continues; under torchrun, ranks share the examples.",
+        "python eval.py --model demo/base --task intent --data demo/data/intent_test.jsonl "
+        "--output runs/base",
+    )
+    parser.epilog += (
+        f"\n\ntasks, and what their --data is:\n{listed}\n\nA judge, a language model, grades "
         "summary, law and translation. OPENAI_API_KEY is its key.\nWithout a judge, the loss of "
-        "the reference answers is reported.\nhumaneval and mbpp run generated code in a sandbox.",
+        "the reference answers is reported.\nhumaneval and mbpp run generated code in a sandbox."
     )
     add_keys(parser, EvalConfig)
     return parser

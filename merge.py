@@ -3,7 +3,6 @@
 python merge.py --model BASE --adapter DIR --output OUT
 """
 
-import argparse
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from adapter import read_adapter
 from checkpoint import local_directory, read_checkpoint, split_experts, stored_tensors
-from config import Keys, add_keys, key, read_keys
+from config import Keys, Parser, add_keys, key, read_keys
 from families import FAMILIES, file_prefix, parse_changes
 from files import read_json, replacing, write_json
 from model import ModelConfig
@@ -142,9 +141,12 @@ class MergeConfig(Keys):
     model_config: list[str] = key((), "FIELD=VALUE ...: changes of config.json, values in JSON")
 
 
-def command_line() -> argparse.ArgumentParser:
-    description = "Write a complete checkpoint, base and adapter in one, for use anywhere."
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=description)
+def command_line() -> Parser:
+    parser = Parser(
+        "Write a complete checkpoint, base and adapter in one, for use anywhere.",
+        "python merge.py --model demo/base --adapter runs/demo/adapter --output runs/merged"
+        "  # after the demo's run",
+    )
     add_keys(parser, MergeConfig)
     return parser
 

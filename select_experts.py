@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from chat import FORMATS, load_tokenizer
 from checkpoint import choose_dtype, load_model, local_directory
-from config import Keys, add_keys, key, read_keys
+from config import Keys, Parser, add_keys, key, read_keys
 from data import by_length, encode_file, first_sample, pad, sample_tokens
 from families import read_config
 from fast.packed import QUANTIZATIONS
@@ -164,7 +164,9 @@ DTYPES = ("bfloat16", "float32")
 class SelectionConfig(Keys):
     """The keys with which experts are scored and selected, here and in train.py."""
 
-    model: str = key("", "base checkpoint: a directory or a hub name")
+    model: str = key(
+        "", "base checkpoint: a directory or a hub name", group="Base, data and selection"
+    )
     model_config: list[str] = key((), "FIELD=VALUE ...: changes to the base's config.json")
     data: str = key("", "JSON lines with rows of messages, or of prompt and completion")
     score: str = key("token", "how often an expert is chosen, or with what weight", choices=SCORES)
@@ -236,12 +238,13 @@ def describe(experts: Experts, scores: Scores, score: str) -> str:
     return "\n".join([*lines, f"score: the part of the layer's {score} score that they hold"])
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="Find the experts that a task uses: score them on the task's data, and write "
-        "the smallest set of each layer that holds top_p of the score. With torchrun, processes "
-        "share the samples.",
+def command_line() -> Parser:
+    parser = Parser(
+        "Find the experts that a task uses: score them on the task's data, and write the smallest "
+        "set of each layer that holds top_p of the score. With torchrun, processes share the "
+        "samples.",
+        "python select_experts.py --model demo/base --data demo/data/intent_train.jsonl "
+        "--output runs/intent_cfg.json",
     )
     said = "a score file: select again, without model and data"
     parser.add_argument("--scores", metavar="FILE", help=said)

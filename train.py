@@ -8,7 +8,6 @@ What the loop stands on (config, optimizer, the run's directory, plan, report) i
 gather(x) are x, from_all(x) is [x], and reduce(gradients) is their norm.
 """
 
-import argparse
 import math
 import os
 import signal
@@ -23,7 +22,7 @@ from torch import Tensor
 import fast
 from adapter import everything, load_adapter, read_expert_cfg, save_adapter
 from checkpoint import load_model
-from config import read_keys
+from config import Parser, read_keys
 from data import Rows, micro_batches, rows_of_step, sample_tokens
 from files import write_json
 from generate import not_finite
@@ -311,11 +310,11 @@ def be_deterministic(on: bool) -> None:
 # Command line
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     parser = config_parser(
         "Fine-tune the experts of a DeepSeek-MoE checkpoint that a task uses: score, select, "
-        "train, evaluate. A flag overrides the same key of --config.",
-        "example: python train.py --config configs/demo.toml --top_p 0.3 --output_dir runs/p3",
+        "train, evaluate.",
+        "python train.py --config configs/demo.toml --top_p 0.3 --output_dir runs/p3",
     )
     said = "train nothing and load nothing: print the memory that the run needs"
     parser.add_argument("--plan", action="store_true", help=said)

@@ -11,6 +11,7 @@ as in model.py; R is the number of slots that arrive at a rank. How ranks meet i
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import read_keys
+from config import Parser, read_keys
 from fast.experts import sort_by_expert, sum_slots
 from model import ModelConfig, MoE, Transformer
 from processes import ManyProcesses, SingleProcess, total_norm
@@ -351,10 +352,10 @@ def train_ranks(arguments: argparse.Namespace, ranks: ExpertParallel) -> None:
         print_results(config, results, report(config))
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     parser = config_parser(
-        "train.py on many processes, which share the experts. Start it with torchrun: "
-        "torchrun --nproc-per-node 8 train_ep.py --config FILE.toml --ep_size 8"
+        "train.py on many processes, which share the experts. Start it with torchrun.",
+        "torchrun --nproc-per-node 2 train_ep.py --config configs/demo.toml --output_dir runs/two",
     )
     said = "ranks that hold all experts together; must divide the number of ranks and of a layer's "
     parser.add_argument("--ep_size", type=int, help=said + "experts (default: all ranks)")
@@ -378,7 +379,8 @@ def main() -> None:
             print(plan_ranks(config, arguments.plan, arguments.ep_size))
             return
         if "RANK" not in os.environ:
-            raise ValueError("no ranks: start with torchrun --nproc-per-node N train_ep.py ...")
+            command = shlex.join(["train_ep.py", *sys.argv[1:]])
+            raise ValueError(f"no ranks: start with torchrun --nproc-per-node N {command}")
         ranks = ExpertParallel(arguments.timeout)
         train_ranks(arguments, ranks)
         ranks.leave()

@@ -3,7 +3,7 @@ training, adapter, evaluation, under a hard limit of GPU memory.
 
     python benchmarks/full_path.py --directory DIR --tokenizer DIR --data FILE --prompts FILE
     python benchmarks/full_path.py --paper ...        # configs/esft_v2_lite.toml as it stands
-    python benchmarks/full_path.py --paper --config configs/esft_moonlight.toml \
+    python benchmarks/full_path.py --paper --config configs/esft_moonlight.toml \\
         --shape tests/published/Moonlight-16B-A3B-Instruct ...    # another model's
     python benchmarks/full_path.py --tiny             # the same code on a CPU, in seconds
 

@@ -1,5 +1,8 @@
-"""Writes the demo's untrained base: random weights in the published DeepSeek-V2 checkpoint
-format."""
+"""Writes the demo's untrained base: 4 million random weights in the published DeepSeek-V2
+checkpoint format. demo/pretrain.toml trains them on the general skills.
+
+    python demo/make_base.py
+"""
 
 import argparse
 import shutil
@@ -63,8 +66,7 @@ CONFIG = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Write the demo's untrained base checkpoint (4 million random "
-        "weights), which demo/pretrain.toml trains on the general skills."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--output", default=str(DEMO / "pretrain" / "init"), help="directory to write"

@@ -1,5 +1,7 @@
 """Make the demo's data and tokenizer: the same seed gives the same bytes, in seconds, on a CPU.
 
+    python demo/make_data.py
+
 The demo replays Expert-Specialized Fine-Tuning in the small. A tiny base model is pretrained on
 a mixture of ten synthetic skills: copy, reverse and sort a word list, count a word in it, add,
 continue a sequence, know a fact, translate into the invented language Zelian, parse a smart-home

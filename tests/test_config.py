@@ -1,6 +1,7 @@
 """A key is one line: flag, file, type and bounds follow from it."""
 
 import argparse
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -42,8 +43,11 @@ def test_a_new_key_is_one_line(tmp_path):
     for line, message in (
         ("top_k = 5.0", "top_k is 5.0; must be an integer"),
         ("top_k = 0", "top_k is 0; must be at least 1"),
-        ("top_kk = 1", "unknown key top_kk; did you mean top_k?"),
+        ("top_kk = 1", 'unknown key top_kk; did you mean top_k, "experts of a layer"'),
+        ("zzz = 1", "unknown key zzz$"),
         ("names = 'a'", "names is 'a'; must be a list of strings"),
+        ("lr = 1e-3", 'unknown key lr; did you mean learning_rate, "peak .def'),
+        ("max_steps = 9", 'unknown key max_steps; did you mean steps, "optimizer steps"'),
     ):
         path.write_text(line)
         with pytest.raises(ValueError, match=f"^{path}: {message}"):
@@ -58,6 +62,15 @@ def test_help_shows_the_defaults_that_say_something():
     assert texts["seed"].endswith("(default: 0)")
     assert texts["overwrite"].endswith("(default: false)")
     assert "(default" not in texts["top_k"] + texts["names"] + texts["output_dir"]
+
+
+def test_help_has_groups_of_keys():
+    text = command_line().format_help()
+    heads = re.findall(r"^(\S.*):$", text, flags=re.M)
+    assert heads[0] == "options" and heads[1:3] == ["Base, data and selection", "Run"]
+    assert {"Optimization", "Machine"} < set(heads) and len(heads) == len(set(heads))
+    for head, key_ in (("LoRA", "lora_rank"), ("Optimization", "batch_size")):
+        assert f"\n{head}:\n  --{key_} " in text
 
 
 def test_a_switch_alone_means_true():

@@ -1,11 +1,10 @@
 """The keys of a training run, the checks across keys, and whether layers can be compiled. What a
 key is stands in config.py; the keys with which experts are selected stand in select_experts.py."""
 
-import argparse
 from dataclasses import dataclass
 
 from checkpoint import EXPERTS
-from config import BoolOrAuto, add_keys, key
+from config import BoolOrAuto, Parser, add_keys, key
 from fast.device import compiler_error
 from model import ModelConfig
 from select_experts import SelectionConfig
@@ -18,24 +17,29 @@ REPORT_TOKENS = 2**13  # to score on for the report, as the published scores (8,
 
 @dataclass
 class TrainConfig(SelectionConfig):
-    output_dir: str = key("", "where the run writes; the same command run again continues there")
+    output_dir: str = key(
+        "", "where the run writes; the same command run again continues there", group="Run"
+    )
     method: str = key("esft", "train selected experts, all, or low-rank updates", choices=METHODS)
     expert_config: str = key("", "an expert_cfg.json; empty: score on the data and select")
 
-    # LoRA
-    lora_rank: int = key(8, "rank of the update B A of a weight", at_least=1, below=2**19)
+    lora_rank: int = key(
+        8, "rank of the update B A of a weight", group="LoRA", at_least=1, below=2**19
+    )
     lora_scaling: float = key(2.0, "factor of the update (lora_alpha / r)", above=0, at_most=1e6)
 
-    # Data
-    document_mask: bool = key(False, "samples of a row neither see nor follow each other")
+    document_mask: bool = key(
+        False, "samples of a row neither see nor follow each other", group="Data"
+    )
     random_concat_ratio: float | None = key(
         None, "joined samples lose their first token so often (default: 0.2)", at_least=0, below=1
     )
     validation_data: str = key("", "validation file; empty: a part of the training rows")
     validation_fraction: float = key(0.02, "how large a part; 0: none", at_least=0, below=1)
 
-    # Optimization
-    batch_size: int = key(32, "rows of one step, over all micro-batches and ranks", at_least=1)
+    batch_size: int = key(
+        32, "rows of one step, over all micro-batches and ranks", group="Optimization", at_least=1
+    )
     gradient_accumulation_steps: int = key(8, "micro-batches of a step", at_least=1)
     steps: int = key(500, "optimizer steps", at_least=1)
     learning_rate: float | None = key(
@@ -49,15 +53,20 @@ class TrainConfig(SelectionConfig):
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", above=0)
     aux_loss_alpha: float | None = key(None, "weight of balance loss (default: base's)", at_least=0)
 
-    # Evaluation and saving
-    eval_steps: int = key(100, "steps between validations; the adapter is the best", at_least=1)
+    eval_steps: int = key(
+        100,
+        "steps between validations; the adapter is the best",
+        group="Evaluation and saving",
+        at_least=1,
+    )
     save_steps: int = key(100, "steps between checkpoints to continue from", at_least=1)
     log_steps: int = key(10, "steps between printed lines; metrics.jsonl has all", at_least=1)
     eval_sets: list[str] = key((), "TASK:FILE ..., evaluated before and after (tasks: see eval.py)")
     max_new_tokens: int = key(0, "longest completion there; 0: the task's own", at_least=0)
 
-    # Machine
-    experts: str = key("auto", "loop: the specification; grouped: fast", choices=EXPERTS)
+    experts: str = key(
+        "auto", "loop: the specification; grouped: fast", group="Machine", choices=EXPERTS
+    )
     gradient_checkpointing: BoolOrAuto = key(
         "auto", "layers run again in backward, to save memory: all, none, or as few as will do"
     )
@@ -132,9 +141,9 @@ class TrainConfig(SelectionConfig):
         return base.aux_loss_alpha if self.aux_loss_alpha is None else self.aux_loss_alpha
 
 
-def config_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def config_parser(description: str, example: str) -> Parser:
     """Returns a command line with --config and the keys of a training run."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=description, epilog=epilog)
+    parser = Parser(f"{description} A flag overrides the same key of --config.", example)
     parser.add_argument("--config", metavar="FILE.toml", help="these keys as a flat TOML file")
     add_keys(parser, TrainConfig)
     return parser
