@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 import fast
+from config import PROJECT, no_such
 from families import FAMILIES, block_size, read_config
 from fast.packed import readers
 from files import read_json
@@ -35,24 +37,37 @@ def local_directory(
     """Returns the directory `name`, or for a hub name like deepseek-ai/ESFT-vanilla-lite the
     directory of the Hugging Face cache that `files` (no code) are downloaded to, unless they are
     there. Raises FileNotFoundError that says what to do."""
-    path = Path(name)
+    path, missing = Path(name), no_such(name, f"{kind} directory")
     if path.is_dir():
         return path
     if path.exists():
         raise NotADirectoryError(f"{name}: is a file; a {kind} directory is required")
-    # org/name, unless there is a folder org here: then it is a path with a typing error.
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII) or path.parent.is_dir():
-        raise FileNotFoundError(f"{name}: no such {kind} directory")
+    if path.parts[:1] == ("checkpoints",):  # where the project's pages and configs have them
+        how = "the config's comments or README.md say how to download it (`hf download`)"
+        raise FileNotFoundError(f"{missing}; {how}")
+    # org/name, unless there is such a folder in the project, or a folder org here: then it is a
+    # path from another place, or one with a typing error.
+    is_path = path.parent.is_dir() or (PROJECT / path).exists()
+    if is_path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII):
+        raise FileNotFoundError(missing)
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # the library raises its own, its HTTP client's and the system's
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{name}: no such {kind} directory, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {reason:.300}). Check the name; for a gated one, log in "
-            f"with `hf auth login`; without a network, fetch it elsewhere with `hf download {name} "
-            "--local-dir DIR` and give DIR"
-        ) from None
+        raise FileNotFoundError(f"{missing}; {no_download(str(name), error)}") from None
+
+
+def no_download(name: str, error: Exception) -> str:
+    """Returns why the hub did not give the repository `name`, and what to do."""
+    if isinstance(error, hub.GatedRepoError):  # a kind of RepositoryNotFoundError
+        page = f"https://huggingface.co/{name}"
+        return f"the Hugging Face hub wants consent: give it at {page}, then run `hf auth login`"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return "no such repository on the Hugging Face hub, or a private one (`hf auth login`)"
+    reason = f"({' '.join(str(error.__cause__ or error).split()):.80})"
+    if isinstance(error, hub.LocalEntryNotFoundError):  # it looked in the cache, as the hub failed
+        fetch = f"fetch it elsewhere with `hf download {name} --local-dir DIR` and give DIR"
+        return f"the Hugging Face hub cannot be reached {reason}; if this is a hub name, {fetch}"
+    return f"the Hugging Face hub did not give it {reason}; the same command continues the download"
 
 
 def stored_tensors(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:

@@ -13,7 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
+from huggingface_hub import errors as hub_errors
 
+import checkpoint as checkpoint_module
 from checkpoint import local_directory
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # of the one commit
@@ -158,8 +160,8 @@ def test_a_command_by_hub_name_then_from_the_cache_then_offline(hub, chat_file, 
 @pytest.mark.parametrize(
     "name, environment, message",
     [
-        ("org/unknown", {}, "RepositoryNotFound"),
-        ("org/gated", {}, "GatedRepo.*hf auth login"),
+        ("org/unknown", {}, "; no such repository on the Hugging Face hub, or a private one"),
+        ("org/gated", {}, "consent: give it at https://huggingface.co/org/gated, .*hf auth login"),
         ("org/tiny", {"HF_HUB_OFFLINE": "1"}, "fetch it elsewhere with `hf download org/tiny"),
         ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "fetch it elsewhere with `hf download"),
         ("org/tiny/more", {}, "no such checkpoint directory"),
@@ -172,7 +174,8 @@ def test_what_cannot_be_had_is_said_with_what_to_do(
     done = run(hub, tmp_path, *command, timeout=30, **environment)
     assert done.returncode == 1 and not (tmp_path / "cfg.json").exists()
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {name}: no such checkpoint directory")
+    begin = f"error: {name}: no such checkpoint directory in the working directory, {ROOT}"
+    assert line.startswith(begin) and len(line) < len(begin) + 250
     assert re.search(message, line), line
 
 
@@ -193,8 +196,58 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(hub, tmp_path):
         assert file.read() == served.read_bytes()
 
 
-def test_a_mistyped_path_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (hub_errors.HFValidationError("Repo id\nis bad"), "did not give it (Repo id is bad); the"),
+        (OSError(28, "No space left"), "did not give it ([Errno 28] No space left); the same"),
+        (hub_errors.LocalEntryNotFoundError("x " * 90), f"reached ({'x ' * 40}); if this is a hub"),
+    ],
+)
+def test_an_error_of_the_library_is_one_short_line(monkeypatch, error, said):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError) as raised:
+        local_directory("org/name", "adapter")
+    assert (
+        f"org/name: no such adapter directory in the working directory, {os.getcwd()}; the Hu"
+        in (str(raised.value))
+    )
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def asked(*_, **__):
+    pytest.fail("the hub is asked for a path")  # no Exception, so nobody catches it
+
+
+@pytest.mark.parametrize("name", ["models/V2", "./V2", "V2", "/models/V2", "../V2/V3"])
+def test_a_mistyped_path_is_not_taken_for_a_hub_name(tmp_path, monkeypatch, name):
+    (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="^checkpoints/V2: no such checkpoint directory$"):
-        local_directory("checkpoints/V2")
+    monkeypatch.setattr(checkpoint_module, "snapshot_download", asked)
+    where = "" if name[0] == "/" else f" in the working directory, {tmp_path}"
+    with pytest.raises(FileNotFoundError, match=f"^{name}: no such checkpoint directory{where}$"):
+        local_directory(name)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/ESFT-vanilla-lite", "checkpoints/Any"])
+def test_of_the_projects_own_checkpoints_is_said_how_to_get_them(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint_module, "snapshot_download", asked)
+    said = f"{name}: no such checkpoint .*, {tmp_path}; .* README.md say how to download it .*`.$"
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=said):
+            local_directory(name)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("name", ["demo/base", "configs/DeepSeek-V3"])
+def test_the_projects_own_paths_are_meant_from_its_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint_module, "snapshot_download", asked)
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path}; it is in {ROOT}: run the command there$"
+    ):
+        local_directory(name)
