@@ -10,6 +10,7 @@ gather(x) are x, from_all(x) is [x], and reduce(gradients) is their norm.
 
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from files import write_json
 from generate import not_finite
 from model import Block, Transformer, token_losses
 from peft_format import save_lora
-from processes import SingleProcess
+from processes import SingleProcess, meet
 from select_experts import Scores, choose, collect_scores, describe, read_scores, scoring_batches
 from training.checkpointing import first_checkpointed, settle_checkpointing
 from training.config import TrainConfig, config_parser
@@ -321,8 +322,21 @@ def command_line() -> Parser:
     return parser
 
 
+def refuse_ranks() -> None:
+    """Ends all processes, with one message, if torchrun started several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and (ranks := meet(timeout=60)).world_size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks when one ends
+        command = shlex.join(["train_ep.py", *sys.argv[1:]])
+        count = os.environ["LOCAL_WORLD_SIZE"]
+        several = f"torchrun --nproc-per-node {count} {command}"
+        ranks.say(f"error: train.py is for one process; for several there is {several}")
+        ranks.leave()
+        raise SystemExit(1)
+
+
 def main() -> None:
     arguments = command_line().parse_args()
+    refuse_ranks()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         config = read_keys(TrainConfig, arguments, arguments.config)

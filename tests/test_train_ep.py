@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -575,6 +576,11 @@ def test_the_command_says_what_is_wrong_once(bases, chats, tmp_path, monkeypatch
     assert [rank["status"] for rank in done] == [1, 1]
     said = "".join(rank["stderr"] for rank in done)
     assert said == "error: ep_size is 4; must divide the 2 ranks\n"
+    done = run_command_on_ranks(2, tmp_path, "train.py", *arguments[1:], "--steps", "3")
+    assert [rank["status"] for rank in done] == [1, 1]
+    (line,) = "".join(rank["stderr"] for rank in done).splitlines()
+    assert line.startswith("error: train.py is for one process; for several there is torchrun ")
+    assert line.endswith(f" train_ep.py {shlex.join(arguments[1:])} --steps 3")
     assert not (tmp_path / "run").exists()
 
 
