@@ -3,7 +3,7 @@
     python benchmarks/families.py           # a GPU with 80 GB
     python benchmarks/families.py --tiny    # on a CPU, in seconds: narrow, and not compiled
 
-Every shape of tests/published, at its full width but with one dense layer, one or two MoE layers
+Every shape of configs and tests/published, at its full width but with one dense layer, one or two MoE layers
 and at most 64 experts; random weights, rows of 4096 random tokens, or of index_topk. An error is
 the norm of the difference over the norm of the reference, transformers' class in float32: of
 logits, of the gradients of the MoE layers' weights (the largest of gate_up_proj, down_proj, o_proj
@@ -217,8 +217,10 @@ def main() -> None:
         f"{'ms':>7} {'compiled':>9} {'theirs':>7}"
     )
     results, seen = [], []
-    for folder in sorted((ROOT / "tests/published").iterdir()):
-        if not folder.is_dir() or args.only.lower() not in folder.name.lower():
+    places = ("configs/*/config.json", "tests/published/*/config.json")
+    folders = [path.parent for place in places for path in ROOT.glob(place)]
+    for folder in sorted(folders, key=lambda folder: folder.name):
+        if args.only.lower() not in folder.name.lower():
             continue
         shape = shape_of(folder, args.tiny)
         if shape in seen:  # V3.1 has V3's

@@ -274,7 +274,8 @@ def test_printed_commands_plan_to_what_was_printed(tmp_path, small_cards, monkey
     assert "nothing fits: fewer rows a micro-batch (--gradient_accumulation_steps 8), a" in text
     table = table_of(text)
     assert [choice for choice, cells in table.items() if "*" in cells] == [("nf4", True, "")]
-    commands = re.findall(r"^(\d+) GB: (.* MiB): python train.py (.*)$", text, flags=re.M)
+    lines = re.findall(r"^(\d+ GB.*?): (.* MiB): python train.py (.*)$", text, flags=re.M)
+    commands = [(size, *rest) for names, *rest in lines for size in re.findall(r"\d+", names)]
     assert len(commands) >= 5
     for size, said, command in commands[::3]:
         words = shlex.split(command)
@@ -310,7 +311,21 @@ def test_a_card_that_is_here_gets_its_command(tmp_path, small_cards):
     assert "\nthis card (X1, 0 GiB): nothing fits: fewer rows a micro-batch" in text
     one_row = small_run(tmp_path, fields=LARGER, gradient_accumulation_steps=8)
     small_cards(1, here=min(planned_peaks(one_row).values()) - 0.1)
-    assert "nothing fits: a shorter --seq_length; several" in plan(one_row, compute_gradients)
+    text = plan(one_row, compute_gradients, given={"config": "a b.toml", "seed": "3"})
+    assert "nothing fits: a shorter --seq_length\n" in text
+    assert "\nseveral GPUs: python train_ep.py --config 'a b.toml' --seed 3 --plan 2 4 8\n" in text
+
+
+def test_what_is_true_of_several_cards_is_said_once(tmp_path, small_cards):
+    config = small_run(tmp_path, fields=LARGER)
+    most = max(planned_peaks(config).values())
+    small_cards(1, 2, most + 1, most + 2)
+    text = plan(config, compute_gradients, given={"config": "c.toml"})
+    large = f"{round(most + 1)} GB, {round(most + 2)} GB"
+    assert re.search(rf"\n1 GB, 2 GB: nothing fits.*\n{large}: 0 of 6 .*toml\nseveral GPUs: ", text)
+    assert text.count("nothing fits") == text.count("several GPUs") == 1
+    small_cards(most + 1)
+    assert "several GPUs" not in plan(config, compute_gradients)
 
 
 @pytest.mark.parametrize("layers", [2, 3])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -182,14 +183,31 @@ def test_plan_of_v2_lite_and_what_it_assumes(tmp_path, monkeypatch, capsys):
     rehearsed, which takes time."""
     for name in ("step_bytes", "inference_bytes"):
         monkeypatch.setattr(planning, name, lambda *_: 0)
-    (tmp_path / "config.json").write_text(json.dumps(V2_LITE))
     command = ["train.py", "--config", str(ROOT / "configs/esft_v2_lite.toml"), "--plan"]
-    command += ["--model", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cuda"]
+    command += ["--model", str(ROOT / "configs/DeepSeek-V2-Lite"), "--device", "cuda"]
+    command += ["--output_dir", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", command)
     main()
     said = capsys.readouterr().out
     assert "15,706,484,224 parameters, bfloat16; esft: 5 of 64 experts a layer, assumed" in said
     assert "29.26 GiB" in said and not (tmp_path / "run").exists()
+    assert said.endswith("next: one of the commands above, with a whole checkpoint as --model\n")
+    shutil.copy(ROOT / "configs/DeepSeek-V2-Lite/config.json", tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(sys, "argv", [*command, "--model", str(tmp_path)])
+    main()
+    assert capsys.readouterr().out.endswith("next: one of the commands above\n")
+
+
+@pytest.mark.parametrize("name", ["checkpoints/ESFT-vanilla-lite", "nowhere"])
+def test_a_plan_without_the_checkpoint_names_configs_that_will_do(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(model=name, data="d", output_dir="o", device="cpu")
+    config.check()
+    with pytest.raises(FileNotFoundError, match=f"^{name}: no such .*--model configs/") as error:
+        plan(config, compute_gradients)
+    folders = re.findall(r"configs/[\w-]+", str(error.value))
+    assert len(folders) == 2 and all((ROOT / f / "config.json").is_file() for f in folders)
 
 
 def test_what_ranks_exchange_by_hand():

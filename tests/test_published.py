@@ -1,4 +1,4 @@
-"""The config.json of real models, in tests/published: each is read, and its model has as many
+"""The config.json of real models, in configs and tests/published: each is read, and its model has as many
 values as transformers' and as the published files. Small models with its other fields have
 transformers' logits."""
 
@@ -16,12 +16,13 @@ from checkpoint import build_model
 from families import read_config
 from model import Transformer
 
-PUBLISHED = ROOT / "tests/published"
-NAMES = sorted(path.parent.name for path in PUBLISHED.glob("*/config.json"))
+FILES = [*ROOT.glob("configs/*/config.json"), *ROOT.glob("tests/published/*/config.json")]
+FOLDERS = {path.parent.name: path.parent for path in sorted(FILES)}
+NAMES = list(FOLDERS)
 
 
 def read(name: str) -> dict:
-    return json.loads((PUBLISHED / name / "config.json").read_text())
+    return json.loads((FOLDERS[name] / "config.json").read_text())
 
 
 def language_model(raw: dict) -> dict:
@@ -46,7 +47,7 @@ class Built:
 
     def __init__(self, name: str):
         self.fields = language_model(read(name))
-        self.config = read_config(PUBLISHED / name)
+        self.config = read_config(FOLDERS[name])
         self.mtp = self.config.num_nextn_predict_layers
         layers = self.config.first_k_dense_replace + 1
         model = build_model(replace(self.config, num_hidden_layers=layers), "meta")

@@ -152,25 +152,28 @@ def choice_lines(
 
 
 def command_lines(config: TrainConfig, needs: Needs, given: dict) -> list[str]:
-    """Returns the command with the best choice for the device here, or for each size of cards.
-    `given` are the flags of the present command."""
-    lines, before = ["", "the most exact choice that fits, and of these the fastest:"], ""
+    """Returns the command with the best choice for the device here, or for each size of cards; if
+    one is too small, also the command that plans several GPUs. `given` are the flags of the present
+    command."""
     # Scoring and evaluation need so much at least, which the keys of a step do not change.
     floor = min(need["peak", "inference"] for need in needs.values())
+    said: dict[str, list[str]] = {}  # text -> the devices that it is true of
+    several = []
     for name, memory in memories(config.device, CARDS).items():
-        helps = less(config, 1)
-        if needed(config.device, Need(floor, host=0)) > memory:
-            beyond = size_text(OVERHEAD) if config.device.startswith("cuda") else "nothing"
-            helps = f"scoring and evaluation alone need {size_text(floor)}, and {beyond} beside it"
-        text = f"nothing fits: {helps}; several GPUs: train_ep.py --plan 2 4 8"
         if choice := best(needs, config.device, memory):
-            flags = given | choice.changes(config)
-            command = shlex.join(["python", "train.py", *words_of(flags)])
+            command = shlex.join(["python", "train.py", *words_of(given | choice.changes(config))])
             text = f"{layers_text(needs, choice, config.device, memory)}: {command}"
-        if not choice or text != before:  # else a smaller card is enough
-            lines.append(f"{name}: {text}")
-        before = text
-    return lines
+        else:
+            text = f"nothing fits: {less(config, 1)}"
+            if needed(config.device, Need(floor, host=0)) > memory:
+                beyond = size_text(OVERHEAD) if config.device.startswith("cuda") else "nothing"
+                alone = f"scoring and evaluation alone need {size_text(floor)}"
+                text = f"nothing fits: {alone}, and {beyond} beside it"
+            command = shlex.join(["python", "train_ep.py", *words_of(given), "--plan"])
+            several = [f"several GPUs: {command} 2 4 8"]
+        said.setdefault(text, []).append(name)
+    lines = [f"{', '.join(names)}: {text}" for text, names in said.items()]
+    return ["", "the most exact choice that fits, and of these the fastest:", *lines, *several]
 
 
 def rank_lines(config: TrainConfig, ranks: list[SingleProcess], columns: list[Needs]) -> list[str]:

@@ -192,7 +192,12 @@ def plan(
     one process, and `given` are the flags of its command line."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise ValueError(f"device is {config.device!r}; must be cpu or cuda")
-    base = local_directory(config.model, files=["config.json"])
+    try:
+        base = local_directory(config.model, files=["config.json"])
+    except FileNotFoundError as error:
+        folders = "--model configs/DeepSeek-V2-Lite or configs/DeepSeek-V3"
+        raise FileNotFoundError(f"{error}; a plan reads config.json alone: {folders}") from None
+    only_config = base == Path(config.model) and not any(base.glob("*.safetensors"))
     model_config = read_config(base, config.model_config)
     model_config.check_row(config.seq_length, "seq_length")
     expert_cfg, what = planned_experts(config, model_config)
@@ -228,7 +233,8 @@ def plan(
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
         "which two are kept and a third is written",
         "nothing was loaded or written; next: "
-        + ("the same command without --plan" if rehearse else "one of the commands above"),
+        + ("the same command without --plan" if rehearse else "one of the commands above")
+        + ", with a whole checkpoint as --model" * only_config,
     ]
     return "\n".join(lines)
 
