@@ -6,6 +6,7 @@ files are read. Adapters are in adapter.py, merged checkpoints are written in me
 import hashlib
 import os
 import re
+import textwrap
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ def no_download(name: str, error: Exception) -> str:
         return f"the Hugging Face hub wants consent: give it at {page}, then run `hf auth login`"
     if isinstance(error, hub.RepositoryNotFoundError):
         return "no such repository on the Hugging Face hub, or a private one (`hf auth login`)"
-    reason = f"({' '.join(str(error.__cause__ or error).split()):.80})"
+    reason = f"({textwrap.shorten(str(error.__cause__ or error), 120, placeholder=' ...')})"
     if isinstance(error, hub.LocalEntryNotFoundError):  # it looked in the cache, as the hub failed
         fetch = f"fetch it elsewhere with `hf download {name} --local-dir DIR` and give DIR"
         return f"the Hugging Face hub cannot be reached {reason}; if this is a hub name, {fetch}"
