@@ -20,7 +20,7 @@ from statistics import fmean
 
 import torch
 
-from config import Keys, read_keys, read_toml
+from config import Keys, Parser, read_keys, read_toml
 from files import locked, replacing, write_json, write_text
 from processes import SingleProcess
 from tasks import TASKS
@@ -44,22 +44,16 @@ METHODS = {  # name -> method of train.py, more of its keys, and what is trained
 }
 DEFAULT = ["esft", "lora", "full", "random"]
 ABOUT = """\
-Trains methods one after another from one config, each in OUTPUT_DIR/NAME as train.py would,
-and compares them in one table. Writes OUTPUT_DIR/compare.txt, compare.json and compare.png.
-
-The same command continues a comparison that was stopped or killed. Finished methods do not run
-again; to add a method, name it behind the others. --overwrite deletes the runs of all methods
-that are named, and starts anew.
-
+Train methods one after another from one config, each in OUTPUT_DIR/NAME as train.py would, and
+compare them in one table and one figure. The same command continues a comparison that was stopped
+or killed; to add a method, name it behind the others. --overwrite starts all that are named anew.
 NAME:RATE sets a method's learning rate. Without RATE, the config's learning_rate is for the
 config's own method (esft, with its variants, if it names none). Other methods take the paper's.
-
-All other keys go to every method on which they have an effect. A flag overrides the same key
-of --config.
-"""
-EXAMPLE = """\
-example: python compare.py --config configs/demo.toml --output_dir runs/compare \\
-             --methods esft lora:1e-3 full:1e-4 random"""
+All other keys go to every method on which they have an effect."""
+EXAMPLE = (
+    "python compare.py --config configs/demo.toml --output_dir runs/compare --methods esft "
+    "lora:1e-3 full:1e-4 random"
+)
 # What a row of compare.json has of a run's results.json, beside the scores.
 KEPT = ("learning_rate", "trained_parameters", "all_parameters", "adapter_bytes", "seconds")
 
@@ -89,7 +83,8 @@ def read_configs(arguments: argparse.Namespace) -> tuple[dict[str, TrainConfig],
     ValueError that names the method."""
     rates = read_rates(arguments.methods)
     keys = TrainConfig.__dataclass_fields__
-    given = read_toml(arguments.config, list(keys)) if arguments.config else {}
+    meanings = {name: field.metadata["help"] for name, field in keys.items()}
+    given = read_toml(arguments.config, meanings) if arguments.config else {}
     given |= {name: value for name, value in vars(arguments).items() if name in keys}
     own = given.get("method", "esft")  # the method that the config's learning rate is for
     Keys.check(TrainConfig(method=own))
@@ -241,12 +236,10 @@ def draw(rows: dict[str, dict], path: Path) -> None:
 # Command line
 
 
-def command_line() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<11} {about}" for name, (_, _, about) in METHODS.items())
-    parser = config_parser(f"{ABOUT}\nmethods:\n{listed}", EXAMPLE)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = "compare.py --config FILE.toml [--methods NAME[:RATE] ...] [--KEY VALUE ...]"
-    said = f"what to compare (default: {' '.join(DEFAULT)})"
+def command_line() -> Parser:
+    parser = config_parser(ABOUT, EXAMPLE)
+    listed = "; ".join(f"{name}: {about}" for name, (_, _, about) in METHODS.items())
+    said = f"what to compare (default: {' '.join(DEFAULT)}), of {listed}"
     options = {"nargs": "+", "metavar": "NAME[:RATE]", "default": DEFAULT}
     parser.add_argument("--methods", help=said, **options)
     return parser

@@ -1,6 +1,6 @@
 """Which experts several tasks share: selections -> a table, and the figure of the ESFT paper.
 
-    python overlap.py runs/intent/expert_cfg.json runs/order/expert_cfg.json --plot overlap.png
+python overlap.py runs/intent/expert_cfg.json runs/order/expert_cfg.json --plot overlap.png
 """
 
 import argparse
@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 from statistics import fmean
 
+from config import Parser
 from files import check_output_file, read_json, replacing
 from pictures import Experts
 from select_experts import read_scores
@@ -82,13 +83,12 @@ def draw(names: list[str], counts: list[list[float]], path: str) -> None:
         figure.savefig(part, format="png", dpi=120)
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="Show how many experts of a layer each two tasks share, on average over the "
-        "layers. On the diagonal is how many a task has.",
-        epilog="example: python overlap.py runs/demo/expert_cfg.json runs/order/expert_cfg.json "
-        "--plot overlap.png",
+def command_line() -> Parser:
+    parser = Parser(
+        "Show how many experts of a layer each two tasks share, on average over the layers. On the "
+        "diagonal is how many a task has.",
+        "python overlap.py runs/demo/expert_cfg.json runs/order/expert_cfg.json --plot overlap.png"
+        "    # after two runs",
     )
     said = "expert_cfg.json files, one a task; with --top score files (NAME.scores.json)"
     parser.add_argument("files", nargs="+", metavar="FILE", help=said)

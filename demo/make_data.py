@@ -337,11 +337,6 @@ def train_row(user: str, answer: str) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in roles]}
 
 
-def text_row(user: str, answer: str) -> dict:
-    """A row all of which is learned, as in pretraining: the questions, too."""
-    return {"prompt": "", "completion": f"{prompt(user)} {answer}"}
-
-
 def evaluation_rows(pairs: Iterable[Pair]) -> list[dict]:
     return [
         {"idx": idx, "prompt": prompt(user), "raw_answers": [answer]}
@@ -465,8 +460,8 @@ def main() -> None:
     if args.pretrain:
         valid = distinct(draw_mixture("valid", args.seed, world), PRETRAIN_VALID_ROWS)
         train = islice(draw_mixture("train", args.seed, world), args.pretrain)
-        write_jsonl(DEMO / "pretrain" / "valid.jsonl", (text_row(*pair) for pair in valid))
-        write_jsonl(DEMO / "pretrain" / "train.jsonl", (text_row(*pair) for pair in train))
+        write_jsonl(DEMO / "pretrain" / "valid.jsonl", (train_row(*pair) for pair in valid))
+        write_jsonl(DEMO / "pretrain" / "train.jsonl", (train_row(*pair) for pair in train))
 
     print("\ntokens per test sample, on average:")
     for name in TASKS | GENERAL:

@@ -1,4 +1,4 @@
-"""The evaluations of a run, before and after training: what is printed of them, and kept in eval/."""
+"""A run's evaluations before and after training: what is printed of them, and kept in eval/."""
 
 from pathlib import Path
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from chat import Tokenizer
 from data import IGNORE, Rows, rows_of_step
 from model import Transformer
 from training.config import TrainConfig
