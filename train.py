@@ -34,12 +34,12 @@ from select_experts import Scores, choose, collect_scores, describe, read_scores
 from training.checkpointing import first_checkpointed, settle_checkpointing
 from training.config import TrainConfig, config_parser
 from training.directory import RunDirectory
+from training.evaluation import evaluate
+from training.head import say_what_cannot_be_learned
 from training.host_optimizer import check_host_memory, make_optimizer
 from training.inputs import Inputs, read_inputs
 from training.optimizer import MasterAdamW, learning_rate_at, mark_trained
 from training.plan import plan
-from training.evaluation import evaluate
-from training.head import say_what_cannot_be_learned
 from training.report import Clock, print_heading, print_results, print_start, print_step, report
 from training.stopping import (
     ENDINGS,

@@ -287,9 +287,13 @@ def sum_of_three(rng, world):
 
 
 GENERAL = {
-    "copy": on_words(draw_words, lambda words: words, "Copy: {}", "Repeat these words: {}", "Write again: {}"),
+    "copy": on_words(
+        draw_words, lambda words: words, "Copy: {}", "Repeat these words: {}", "Write again: {}"
+    ),
     "reverse": on_words(draw_words, reversed, "Reverse: {}", "List from last to first: {}"),
-    "sort": on_words(draw_nouns, sorted, "Sort: {}", "Put in alphabetical order: {}", "Order from a to z: {}"),
+    "sort": on_words(
+        draw_nouns, sorted, "Sort: {}", "Put in alphabetical order: {}", "Order from a to z: {}"
+    ),
     "count": count,
     "add": add,
     "sequence": sequence,

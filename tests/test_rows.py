@@ -399,7 +399,7 @@ def test_a_run_with_given_experts_scores_few_tokens_for_its_report(tmp_path, mon
         train.train(run)
     assert asked == [131_072, 131_072, 8_192, 8_192]  # before and after training
     out, length = capsys.readouterr().out, len(encode_file(rows, load_tokenizer(run.model))[0][0])
-    assert out.count(f"scores the experts on {length} tokens of the data") == 4
+    assert out.count(f"== scoring on {length} tokens of {rows}") == 4
 
 
 def test_the_first_token_of_joined_samples_is_kept_where_no_begin_of_sequence_stands(tmp_path):

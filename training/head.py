@@ -1,5 +1,6 @@
-"""Answers that a frozen head can hardly write. Pretraining pushes the head's rows of all tokens that
-it never sees into one direction. Such tokens get the same logit, whatever the experts learn."""
+"""Answers that a frozen head can hardly write. Pretraining pushes the rows of the head that belong
+to tokens it never sees into one direction. Such tokens get the same logit, whatever the experts
+learn."""
 
 import math
 from collections.abc import Callable, Collection

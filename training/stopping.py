@@ -104,7 +104,7 @@ def signals_noted(ranks: SingleProcess) -> Iterator[Callable[[], str | None]]:
                 os.write(2, words)
 
     def watch() -> None:
-        """Runs in a thread, as `note` has to wait for an operation of torch, perhaps for minutes."""
+        """Runs in a thread: `note` may have to wait for an operation of torch, for minutes."""
         count = 0
         while number := os.read(numbers, 1):
             count += number[0] in outside
