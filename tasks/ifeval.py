@@ -1,24 +1,16 @@
 """IFEval (arXiv 2311.07911): each prompt gives instructions that a rule can check, such as to write
-no commas. The rules are in instructions.py."""
+no commas. The rules are in instructions.py. A prompt is scored if all its instructions are checked.
+This does not depend on the answer, so the same prompts count for every model."""
 
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from statistics import fmean
 
 from chat import text_field
 from tasks.common import Ask, Result, Task, by_row, stated, text_list
-from tasks.instructions import INSTRUCTIONS
+from tasks.instructions import INSTRUCTIONS, NEVER_CHECKED
 from tasks.reasoning import answer_in
-
-Verdict = bool | None  # None: undecided
-
-
-def all_of(verdicts: list[Verdict]) -> Verdict:
-    return False if False in verdicts else None if None in verdicts else True
-
-
-def any_of(verdicts: list[Verdict]) -> Verdict:
-    return True if True in verdicts else None if None in verdicts else False
 
 
 def loose_answers(answer: str) -> list[str]:
@@ -29,18 +21,25 @@ def loose_answers(answer: str) -> list[str]:
     return [shown for text in (answer, *cut) for shown in (text, text.replace("*", ""))]
 
 
-def follows(answer: str, name: str, kwargs: dict) -> Verdict:
-    """Returns whether an answer follows an instruction; a blank one follows none."""
-    return INSTRUCTIONS[name].follows(answer, **kwargs) if answer.strip() else False
+def verdicts(texts: list[str], example: dict) -> list[bool]:
+    """Returns for each instruction that is checked whether one of the texts follows it. A blank
+    text follows none."""
+    texts = [text for text in texts if text.strip()]
+    return [
+        any(INSTRUCTIONS[name].follows(text, **kwargs) for text in texts)
+        for name, kwargs in zip(example["raw_answers"], example["kwargs"])
+        if name not in NEVER_CHECKED
+    ]
 
 
-def verdicts_of(example: dict) -> dict[str, list[Verdict]]:
-    """Returns the strict and the loose verdict on each instruction."""
-    answer, strict, loose = answer_in(example), [], []
-    for name, kwargs in zip(example["raw_answers"], example["kwargs"]):
-        strict.append(follows(answer, name, kwargs))
-        loose.append(any_of([follows(text, name, kwargs) for text in loose_answers(answer)]))
-    return {"strict": strict, "loose": loose}
+def is_scored(example: dict) -> bool:
+    return NEVER_CHECKED.isdisjoint(example["raw_answers"])
+
+
+def check_scored(examples: list[dict], where: str | Path) -> None:
+    if not any(map(is_scored, examples)):
+        needed = f"one without the instructions {', '.join(sorted(NEVER_CHECKED))} is required"
+        raise ValueError(f"{where}: no prompt can be scored; {needed}")
 
 
 @dataclass(frozen=True)
@@ -48,30 +47,22 @@ class Instructed(Task):
     max_new_tokens: int = 1280  # as in lm-evaluation-harness
 
     def result_of(self, examples: list[dict], judge=None) -> Result:
-        """Returns the four published accuracies, each the mean over what is decided."""
-        records, metrics, counts = [], {}, {}
+        """Returns the four published accuracies, over the prompts that are scored and over all
+        instructions that are checked. Raises ValueError if no prompt is scored."""
+        check_scored(examples, "ifeval")  # the file was checked, but --limit may leave none
+        records, metrics = [], {}
         for example in examples:
-            verdicts = verdicts_of(example)
-            score = all_of(verdicts["strict"])
-            score = None if score is None else int(score)
-            records.append({"example": example, "score": score, **verdicts})
+            answer = answer_in(example)
+            strict = verdicts([answer], example)
+            loose = verdicts(loose_answers(answer), example)
+            score = int(all(strict)) if is_scored(example) else None
+            records.append({"example": example, "score": score, "strict": strict, "loose": loose})
+        scored = [record for record in records if is_scored(record["example"])]
         for how in ("strict", "loose"):
-            of_prompts = [record[how] for record in records]
-            levels = {
-                "prompt": [all_of(verdicts) for verdicts in of_prompts],
-                "instruction": list(chain(*of_prompts)),
-            }
-            for level, verdicts in levels.items():
-                decided = [v for v in verdicts if v is not None]
-                metrics[f"{level}-level {how}"] = fmean(decided) if decided else None
-                counts[level, how] = len(decided)
-        count = counts["prompt", "strict"]
-        instructions = sum(len(record["strict"]) for record in records)
-        unit = (
-            f"prompts and {counts['instruction', 'strict']} of {instructions} instructions"
-            f" (loose: {counts['prompt', 'loose']} and {counts['instruction', 'loose']})"
-        )
-        return Result(metrics, count, unit, records, len(records) - count)
+            metrics[f"prompt-level {how}"] = fmean(all(record[how]) for record in scored)
+            metrics[f"instruction-level {how}"] = fmean(chain(*(r[how] for r in records)))
+        unit = f"prompts and {sum(len(r['strict']) for r in records)} instructions"
+        return Result(metrics, len(scored), unit, records, len(records) - len(scored))
 
 
 # ------------------------------------------------------------------------------------------
@@ -122,11 +113,18 @@ def read_ifeval(row: dict, where: str, ask: Ask) -> dict:
     return example | read_instructions(row, "instruction_id_list", where)
 
 
+def read_file(path: str | Path, ask: Ask) -> list[dict]:
+    """Reads a file of such rows. Raises ValueError if no prompt can be scored."""
+    examples = by_row(read_ifeval)(path, ask)
+    check_scored(examples, path)
+    return examples
+
+
 def check_ifeval(example: dict, where: str) -> None:
     text_field(example, "prompt", where)
     read_instructions(example, "raw_answers", where)
 
 
 TASKS = {
-    "ifeval": Instructed("the published rows", by_row(read_ifeval), check=check_ifeval),
+    "ifeval": Instructed("the published rows", read_file, check=check_ifeval),
 }

@@ -1,10 +1,11 @@
 """IFEval's 25 instructions (arXiv 2311.07911): whether an answer follows one, as the published
 checkers decide it.
 
-Some published checkers ask langdetect for the language, or nltk for sentences or tokens. Where only
-these packages can decide, the verdict here is None: undecided. Published numbers rest on the
-checkers as they are, so their oddities are kept: a keyword is a regular expression and may lie
-within a word, the heading of a section may stand anywhere, a postscript need not stand at the end.
+Five published checkers ask langdetect for the language, or nltk for sentences or tokens. Nothing
+here stands in for these packages, so these five instructions are never checked. Published numbers
+rest on the checkers as they are, so their oddities are kept: a keyword is a regular expression and
+may lie within a word, the heading of a section may stand anywhere, a postscript need not stand at
+the end.
 """
 
 import json
@@ -143,19 +144,6 @@ def ends_with(text: str, end_phrase: str) -> bool:
     return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
-def is_capital(text: str) -> bool | None:
-    return None if text.isupper() else False  # it must be English, too: langdetect
-
-
-def is_lowercase(text: str) -> bool | None:
-    return None if text.islower() else False  # it must be English, too: langdetect
-
-
-def undecided(text: str, **needs_a_package) -> None:
-    """Returns None. The published checker asks langdetect for the language, or counts sentences
-    with nltk's punkt or tokens with nltk's word_tokenize, which asks punkt first."""
-
-
 # ------------------------------------------------------------------------------------------
 # The instructions
 
@@ -192,7 +180,7 @@ PATTERNS = Kind(
 
 
 class Instruction(NamedTuple):
-    follows: Callable[..., bool | None]  # of a text that is not blank, and the kwargs
+    follows: Callable[..., bool] | None  # of a text that is not blank, and the kwargs
     kwargs: dict[str, Kind] = {}
 
 
@@ -205,9 +193,9 @@ INSTRUCTIONS = {
     "keywords:letter_frequency": Instruction(
         has_letter_often, {"letter": LETTER, "let_frequency": COUNT, "let_relation": RELATION}
     ),
-    "language:response_language": Instruction(undecided, {"language": TEXT}),
-    "length_constraints:number_sentences": Instruction(
-        undecided, {"num_sentences": COUNT, "relation": RELATION}
+    "language:response_language": Instruction(None, {"language": TEXT}),  # needs langdetect
+    "length_constraints:number_sentences": Instruction(  # needs nltk
+        None, {"num_sentences": COUNT, "relation": RELATION}
     ),
     "length_constraints:number_paragraphs": Instruction(has_paragraphs, {"num_paragraphs": COUNT}),
     "length_constraints:number_words": Instruction(
@@ -234,10 +222,11 @@ INSTRUCTIONS = {
     "combination:repeat_prompt": Instruction(begins_with, {"prompt_to_repeat": TEXT}),
     "startend:end_checker": Instruction(ends_with, {"end_phrase": TEXT}),
     "startend:quotation": Instruction(is_quoted),
-    "change_case:capital_word_frequency": Instruction(
-        undecided, {"capital_frequency": COUNT, "capital_relation": RELATION}
+    "change_case:capital_word_frequency": Instruction(  # needs nltk
+        None, {"capital_frequency": COUNT, "capital_relation": RELATION}
     ),
-    "change_case:english_capital": Instruction(is_capital),
-    "change_case:english_lowercase": Instruction(is_lowercase),
+    "change_case:english_capital": Instruction(None),  # needs langdetect: it must be English
+    "change_case:english_lowercase": Instruction(None),  # needs langdetect, too
     "punctuation:no_comma": Instruction(lambda text: "," not in text),
 }
+NEVER_CHECKED = {name for name, kind in INSTRUCTIONS.items() if kind.follows is None}

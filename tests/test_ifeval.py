@@ -12,7 +12,7 @@ from eval import describe, rescore
 from files import write_lines
 from tasks import TASKS, answer_file, read_examples, score
 from tasks.ifeval import loose_answers
-from tasks.instructions import INSTRUCTIONS
+from tasks.instructions import INSTRUCTIONS, NEVER_CHECKED
 
 KEYWORDS, FORBIDDEN = {"keywords": ["sea", "b.y"]}, {"forbidden_words": ["art", "no"]}
 OFTEN = {"keyword": "an ", "frequency": 4, "relation": "at least"}
@@ -25,10 +25,8 @@ FEW_WORDS = {"num_words": 4, "relation": "less than"}
 FIRST = {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Then"}
 DAYS = {"section_spliter": " Day ", "num_sections": 2}
 P_S, P_P_S, NOTE = ({"postscript_marker": marker} for marker in ("P.S.", " P.P.S", "Note:"))
-SENTENCES = {"num_sentences": 2, "relation": "less than"}
-CAPITALS = {"capital_frequency": 1, "capital_relation": "at least"}
 BULLETS, MARKED = {"num_bullets": 2}, {"num_highlights": 2}
-VERDICTS = {  # an instruction -> its kwargs, an answer, whether the answer follows it
+VERDICTS = {  # an instruction that is checked -> kwargs, an answer, whether the answer follows it
     "keywords:existence": [
         (KEYWORDS, "The boy swims overSEAs.", True),  # within a word; "b.y" is a pattern
         (KEYWORDS, "The boy swims.", False),
@@ -52,14 +50,6 @@ VERDICTS = {  # an instruction -> its kwargs, an answer, whether the answer foll
         (FEW_LETTERS, "Eel, hen", False),
         (HASHES, "#sun #sea", True),
         (HASHES, "#sun, sea: ssss", False),
-    ],
-    "language:response_language": [
-        ({"language": "de"}, "Guten Tag, wie geht es Ihnen?", None),
-        ({"language": "de"}, " \n", False),
-    ],
-    "length_constraints:number_sentences": [
-        (SENTENCES, "One. Two. Three.", None),
-        (SENTENCES, "", False),
     ],
     "length_constraints:number_paragraphs": [
         ({"num_paragraphs": 2}, "One.\n***\nTwo.\n\nStill two.", True),
@@ -167,24 +157,18 @@ VERDICTS = {  # an instruction -> its kwargs, an answer, whether the answer foll
         ({}, "'Yes'", False),
         ({}, '"Yes" she said', False),
     ],
-    "change_case:capital_word_frequency": [
-        (CAPITALS, "A NEW DAY", None),
-        (CAPITALS, "\n", False),
-    ],
-    "change_case:english_capital": [
-        ({}, "HELLO, 3 TIMES!", None),
-        ({}, "HELLO there", False),
-        ({}, "3!", False),  # no letter at all
-    ],
-    "change_case:english_lowercase": [
-        ({}, "hello, 3 times!", None),
-        ({}, "hello There", False),
-        ({}, "3!", False),
-    ],
     "punctuation:no_comma": [
         ({}, "One; two、three，four", True),
         ({}, "1,000", False),
+        ({}, " \n", False),  # a blank answer follows nothing
     ],
+}
+UNCHECKED = {  # an instruction that needs langdetect or nltk -> kwargs
+    "language:response_language": {"language": "de"},
+    "length_constraints:number_sentences": {"num_sentences": 2, "relation": "less than"},
+    "change_case:capital_word_frequency": {"capital_frequency": 1, "capital_relation": "at least"},
+    "change_case:english_capital": {},
+    "change_case:english_lowercase": {},
 }
 
 
@@ -200,11 +184,16 @@ def verdicts(answer: str, *instructions) -> tuple[list, list]:
     return record["strict"], record["loose"]
 
 
-@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("name", VERDICTS)
 def test_verdicts_by_hand(name):
     for kwargs, answer, verdict in VERDICTS[name]:
         assert verdicts(answer, (name, kwargs))[0] == [verdict], (kwargs, answer)
-    assert {verdict for _, _, verdict in VERDICTS[name]} in ({True, False}, {None, False})
+    assert {verdict for _, _, verdict in VERDICTS[name]} == {True, False}
+
+
+def test_all_25_instructions_are_known_and_five_never_checked():
+    assert INSTRUCTIONS.keys() == VERDICTS.keys() | UNCHECKED.keys() and len(INSTRUCTIONS) == 25
+    assert NEVER_CHECKED == UNCHECKED.keys()
 
 
 # ------------------------------------------------------------------------------------------
@@ -240,47 +229,46 @@ def test_loose_answers_lack_lines_at_the_ends_and_asterisks():
         ("a\nb, c\nd", NO_COMMA, False, False),
         ("The end.\nx", ENDS, False, True),
         ("x\nThe end.", ENDS, True, True),
-        ("Here:\nrain falls.", LOWER, False, None),  # what is left may be English
-        ("rain falls.", LOWER, None, None),
-        ("Here:\nRain falls.\nBye", LOWER, False, False),
-        ("Regen", GERMAN, None, None),
-        ("", GERMAN, False, False),
+        ("", NO_COMMA, False, False),
     ],
 )
 def test_strict_and_loose_by_hand(answer, instruction, strict, loose):
     assert verdicts(answer, instruction) == ([strict], [loose])
 
 
-def test_a_failed_instruction_decides_its_prompt():
-    """Prompts: followed; failed, undecided; undecided; failed and loosely followed; failed and
-    loosely undecided. Of 7 instructions strict 1 in 5, loose 2 in 4."""
+def test_a_prompt_with_an_unchecked_instruction_is_not_scored():
+    """Of 3 prompts, strict 1 and loose 2 are followed; of 7 instructions, strict 4 and loose 5. Not
+    scored are: one that fails anyway, a blank answer, and one that follows what is checked."""
     result = score(
         "ifeval",
         [
-            answered("Rain", NO_COMMA),
+            answered("Rain. The end.", NO_COMMA, ENDS),
             answered("Regen, Schnee", NO_COMMA, GERMAN),
-            answered("The Regen. The end.", ENDS, GERMAN),
+            answered("", GERMAN),
             answered("Sure, so:\nrain", NO_COMMA),
-            answered("Here:\nrain", LOWER),
+            answered("rain. the end.", LOWER, ENDS),
+            answered("Rain, sun. The end.", NO_COMMA, ENDS),
         ],
     )
-    assert [record["score"] for record in result.records] == [1, 0, None, 0, 0]
-    assert result.records[1]["strict"] == [False, None] == result.records[1]["loose"]
+    assert [record["score"] for record in result.records] == [1, None, None, 0, None, 0]
+    assert [record["strict"] for record in result.records[1:3]] == [[False], []]
     assert result.metrics == {
-        "prompt-level strict": 1 / 4,
-        "instruction-level strict": 2 / 5,
+        "prompt-level strict": 1 / 3,
+        "instruction-level strict": 4 / 7,
         "prompt-level loose": 2 / 3,
-        "instruction-level loose": 3 / 4,
+        "instruction-level loose": 5 / 7,
     }
-    assert (result.count, result.missing, result.mean) == (4, 1, 0.25)
-    assert describe(result).endswith(
-        "over 4 prompts and 5 of 7 instructions (loose: 3 and 4); 1 samples not scored"
-    )
+    assert (result.count, result.missing, result.mean) == (3, 3, 1 / 3)
+    assert describe(result).endswith("over 3 prompts and 7 instructions; 3 samples not scored")
 
 
-def test_nothing_decided_has_no_accuracy():
-    result = score("ifeval", [answered("Regen", GERMAN), answered("rain", LOWER, GERMAN)])
-    assert (set(result.metrics.values()), result.count, result.missing) == ({None}, 0, 2)
+def test_the_same_prompts_and_instructions_count_whatever_the_answers():
+    sets = set()
+    for answer in ("", "rain", "RAIN, SUN", "Here:\nrain. The end."):
+        asked = [(NO_COMMA,), (NO_COMMA, *UNCHECKED.items()), (LOWER,), (ENDS, GERMAN)]
+        result = score("ifeval", [answered(answer, *instructions) for instructions in asked])
+        sets.add((result.count, result.unit, result.missing))
+    assert sets == {(1, "prompts and 3 instructions", 3)}
 
 
 def test_the_reasoning_is_no_part_of_the_answer():
@@ -377,6 +365,18 @@ BAD = [
         )
         for value in ("", ["x"])
     ),
+    *(
+        (of(name, [UNCHECKED[name] | wrong]), f"field {next(iter(wrong))} is .* is required")
+        for name, wrong in [
+            ("language:response_language", {"language": 5}),
+            ("length_constraints:number_sentences", {"relation": "at most"}),
+            ("change_case:capital_word_frequency", {"capital_frequency": 0}),
+        ]
+    ),
+    *(
+        (of(f"change_case:{name}", [{"language": "en"}]), f"is 'en'; change_case:{name} takes none")
+        for name in ("english_capital", "english_lowercase")
+    ),
     (
         of(NTH, [FIRST | {"nth_paragraph": 3}]),
         "field nth_paragraph is 3; at most num_paragraphs, 2, is required",
@@ -397,6 +397,20 @@ def test_a_row_without_a_field_is_named(name, tmp_path):
     data = write_rows(tmp_path / "bad.jsonl", [ROW, without(ROW, name)])
     with pytest.raises(ValueError, match=rf"bad\.jsonl: line 2: field {name} is None"):
         read_examples(data, "ifeval", PLAIN)
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_a_file_in_which_no_prompt_can_be_scored_is_named(name, tmp_path):
+    unscored = ROW | {"instruction_id_list": ["punctuation:no_comma", name]}
+    unscored |= {"kwargs": [{}, UNCHECKED[name]]}
+    data = write_rows(tmp_path / "data.jsonl", [unscored, unscored])
+    message = rf"no prompt can be scored; one without the instructions .*{name}.* is required"
+    with pytest.raises(ValueError, match=rf"/data\.jsonl: {message}"):
+        read_examples(data, "ifeval", PLAIN)
+    both = read_examples(write_rows(data, [unscored, ROW]), "ifeval", PLAIN)
+    assert [example["kwargs"] for example in both] == [unscored["kwargs"], ROW["kwargs"]]
+    with pytest.raises(ValueError, match=f"ifeval: {message}"):  # as with --limit 1
+        score("ifeval", [both[0] | {"raw_prediction": "Rain"}])
 
 
 # ------------------------------------------------------------------------------------------
@@ -444,7 +458,7 @@ def test_a_saved_row_with_a_wrong_field_is_named(fields, message, tmp_path):
     ids=lambda text: repr(text[:6]),
 )
 def test_a_long_answer_is_scored_soon(text):
-    instructions = [(name, VERDICTS[name][0][0]) for name in INSTRUCTIONS]
+    instructions = [(name, VERDICTS[name][0][0]) for name in VERDICTS]
     began = time.monotonic()
     assert score("ifeval", [answered(text, *instructions)]).mean == 0
     assert time.monotonic() - began < 20  # it takes some tenths of a second
