@@ -148,6 +148,32 @@ def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]
     return selected_tensors(model, files, expected)
 
 
+def name_adapters(paths: list[str]) -> list[str]:
+    """Returns a short name for each: its directory, or the one above where that is "adapter". It is
+    the whole path where two would share a name, or one would have the base's or a prompt's."""
+    whole = [Path(path).absolute() for path in paths]
+    short = [p.parent.name if p.name == "adapter" else p.name for p in whole]
+    taken = ["", "base", "prompt"]
+    return [
+        name if (taken + short).count(name) == 1 else str(path).strip("/")
+        for name, path in zip(short, whole)
+    ]
+
+
+def checked_adapters(paths: list[str], model: Transformer, quantize: str = "") -> dict[str, Path]:
+    """Returns name -> directory of adapters, directories or hub names, each compared with the model
+    (see `read_adapter`), which may be on the meta device. Raises OSError and ValueError."""
+    names, adapters = name_adapters(paths), {}
+    if len(set(names)) < len(names):
+        raise ValueError("--adapter: the same is given twice")
+    for name, path in zip(names, paths):
+        adapters[name] = local_directory(path, "adapter")
+        if isinstance(read_adapter(adapters[name], model), StoredLora) and quantize:
+            why = f"LoRA, which changes all experts ({adapters[name]})"
+            raise ValueError(f"quantize is {quantize!r}; cannot be with {why}")
+    return adapters
+
+
 def load_adapter(model: Transformer, directory: str | Path) -> None:
     """Puts the adapter in a directory or of a hub name, ESFT's or PEFT's LoRA, over the base, in
     place of the adapter that is over it, if any. LoRA comes frozen, like the rest.

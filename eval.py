@@ -27,7 +27,7 @@ from statistics import fmean
 
 import torch
 
-from adapter import load_adapter, read_adapter
+from adapter import checked_adapters, load_adapter
 from chat import FORMATS, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
 from config import Keys, Parser, add_keys, key, read_keys, refusal
@@ -35,7 +35,6 @@ from families import context_length
 from fast.packed import QUANTIZATIONS
 from files import check_output_file, locked, read_json, write_json, write_lines
 from model import Transformer
-from peft_format import StoredLora
 from processes import SingleProcess, meet
 from tasks import TASKS, Ask, Judge, Result, check_lengths, read_examples, score
 
@@ -232,17 +231,6 @@ def objects_in(path: Path) -> list[dict]:
 # What the command line asks for
 
 
-def name_adapters(paths: list[str]) -> list[str]:
-    """Returns a short name for each: its directory, or the one above where that is "adapter". It is
-    the whole path where two would share a name, or one would have the base's."""
-    whole = [Path(path).absolute() for path in paths]
-    short = [p.parent.name if p.name == "adapter" else p.name for p in whole]
-    return [
-        name if name and name != "base" and short.count(name) == 1 else str(path).strip("/")
-        for name, path in zip(short, whole)
-    ]
-
-
 def hash_files(paths: Iterable[Path]) -> str:
     """Returns a digest of names and contents."""
     digest = hashlib.sha256()
@@ -267,19 +255,13 @@ def plan_evaluations(config: EvalConfig, base: Path, device: str) -> tuple[Ask, 
     for name in ("model_config", "quantize"):
         made_by |= {name: getattr(config, name)} if getattr(config, name) else {}
     variants = [("base", None, None)] if config.base or not config.adapter else []
-    for name, adapter in zip(name_adapters(config.adapter), config.adapter):
-        adapter = local_directory(adapter, "adapter")
-        is_lora = isinstance(read_adapter(adapter, meta), StoredLora)  # refuses a wrong one
-        if config.quantize and is_lora:
-            why = f"LoRA, which changes all experts ({adapter})"
-            raise ValueError(f"quantize is {config.quantize!r}; cannot be with {why}")
+    for name, adapter in checked_adapters(config.adapter, meta, config.quantize).items():
         named = ("expert_cfg.json", "adapter_config.json")
         held = [p for p in adapter.iterdir() if p.name in named or p.suffix == ".safetensors"]
         variants.append((name, adapter, hash_files(sorted(held))))
     names = [(task, Path(data)) for task, data in zip(config.task, config.data)]
-    for given, what in ((config.adapter, "--adapter"), (names, "--task and --data")):
-        if len(set(given)) < len(given):
-            raise ValueError(f"{what}: the same is given twice")
+    if len(set(names)) < len(names):
+        raise ValueError("--task and --data: the same is given twice")
     tasks, shots_data = [], iter(config.shots_data)
     for (task, data), count in zip(names, config.shots_of_tasks()):
         stems = [other.stem for name, other in names if name == task]

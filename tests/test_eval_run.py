@@ -11,9 +11,8 @@ from rank_pool import run_command_on_ranks
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from adapter import mark_trainable, save_adapter
+from adapter import mark_trainable, name_adapters, save_adapter
 from checkpoint import load_model
-from eval import name_adapters
 from files import locked
 from tasks import Result
 
@@ -333,9 +332,9 @@ def test_one_command_at_a_time_writes_to_a_folder(checkpoint, data, tmp_path, mo
 
 def test_adapters_have_short_names_where_they_can(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named = name_adapters(["runs/a/adapter", "runs/b/adapter", "c", "org/base", "."])
+    named = name_adapters(["runs/a/adapter", "runs/b/adapter", "c", "org/base", "prompt", "."])
     whole = str(tmp_path).strip("/")
-    assert named == ["a", "b", "c", f"{whole}/org/base", tmp_path.name]
+    assert named == ["a", "b", "c", f"{whole}/org/base", f"{whole}/prompt", tmp_path.name]
     assert name_adapters(["x/a/adapter", "y/a"]) == [f"{whole}/x/a/adapter", f"{whole}/y/a"]
 
 
