@@ -157,6 +157,24 @@ class Chat:
         turns.append(Message("question", "user", question))
         return self.render(turns, generation_prompt=True).removeprefix(self.bos)
 
+    def question_in(self, text: str) -> str | None:
+        """Returns the question in a text that may carry this format already, without what the
+        format writes before and behind a question ("User: ", "Assistant:"). Another text is
+        returned unchanged. The result is None for a text that has more of the format inside, as a
+        whole conversation has: it is no question, but can be a prompt as it stands."""
+        before, _, behind = self.prompt(QUESTION).partition(QUESTION)
+        begin, end, text = before.strip(), behind.strip(), self.without_begin(text)
+        question = text.strip().removeprefix(begin).removesuffix(end).strip()
+        # Tokens count everywhere. Of those behind a question the first does: a user may ask what
+        # <think> is. Words count where lines begin, in a text that begins or ends with them.
+        marks = [token for token in self.special if token in before]
+        marks += [up_to_first(self.special, behind)[1]]
+        if question != text.strip():
+            marks += [f"\n{begin}", f"\n{end}"]
+        if any(mark.strip() and mark in f"\n{question}" for mark in marks):
+            return None
+        return question if question != text.strip() else text
+
     def answer(self, content: str) -> str:
         """Returns what follows a prompt: the answer and its end, as in training."""
         answer = Message("answer", "assistant", self.without_ends(content), is_learned=True)

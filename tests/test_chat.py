@@ -23,7 +23,8 @@ GLM = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assista
 GLM += ["</think>", "<|observation|>"]
 # template -> begin and end of sequence in tokenizer_config.json, further ends in
 # generation_config.json, special tokens, and what ends an answer
-TOKENS = {name: (BOS, EOS, [], ["<think>", "</think>"], EOS) for name in TEMPLATES}
+V3 = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
+TOKENS = {name: (BOS, EOS, [], V3, EOS) for name in TEMPLATES}
 for name in ("moonlight", "kimi_k2", "kimi_k2_0905"):
     TOKENS[name] = "[BOS]", "[EOS]", ["<|im_end|>"], KIMI, "<|im_end|>"
 glm = "<|endoftext|>"
@@ -108,6 +109,35 @@ def test_published_templates_ask_as_transformers_does(published):
         (ids,) = tokenizer.encode_prompts([tokenizer.chat.prompt(question)])
         asked = [{"role": "user", "content": question}]
         assert ids == oracle.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("question", ["Hi", "What is <think>?\n\nSay: it"])
+def test_a_text_that_carries_the_format_gives_its_question(question, published):
+    chat = published[1].chat
+    prompt, asked = chat.prompt(question), Message("", "user", question)
+    for text in (question, prompt, prompt.rstrip(), chat.bos + prompt, f" {prompt}\n"):
+        assert chat.question_in(text) == question
+    answered = Message("", "assistant", "Hello!")
+    whole = chat.render([asked, answered, asked], generation_prompt=True)
+    assert chat.question_in(whole) is None is chat.question_in(whole.removeprefix(chat.bos))
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("User: a", "a"),
+        ("a\n\nAssistant:", "a"),
+        ("User:a\nAssistant: ", "a"),
+        (" Sum up:\nUser: a\nAssistant: b", " Sum up:\nUser: a\nAssistant: b"),
+        ("Is Assistant: a word?", "Is Assistant: a word?"),
+        ("User: is Assistant: a word?", "is Assistant: a word?"),
+        ("Be brief.\n\nUser: a\n\nAssistant:", None),
+        ("User: a\n\nAssistant: b", None),  # the answer has begun
+        ("<｜User｜>a", "<｜User｜>a"),  # another format
+    ],
+)
+def test_words_of_the_format_count_where_lines_begin(text, found):
+    assert load_tokenizer(ROOT / "demo/base").chat.question_in(text) == found
 
 
 def test_any_end_that_the_checkpoint_names_ends_an_answer(published):
