@@ -1,23 +1,38 @@
 """Greedy decoding, and the likelihoods of given tokens. Both raise FloatingPointError, which names
-row and layer, at logits that are not finite.
+row and layer, at logits that are not finite. The command talks to a base and its adapters:
 
-This file knows token ids only: what a prompt says and what an answer is worth is in tasks/. What
-makes a step faster on a GPU is in fast/decoding.py.
+    python generate.py --model BASE --adapter A --prompt "a question"
+
+Decoding knows token ids only: what a prompt says is in talk.py, and what an answer is worth in
+tasks/. What makes a step faster on a GPU is in fast/decoding.py.
 
 Dimensions: B rows, D hidden size, N wanted tokens of a row, V tokens of the vocabulary.
 """
 
+import argparse
+import sys
 import time
 from collections.abc import Collection, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from adapter import checked_adapters, load_adapter, remove_adapter
+from chat import FORMATS, is_text, load_tokenizer
+from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
+from config import Keys, add_keys, key, read_keys, refusal
 from data import by_length, pad
+from families import flat
 from fast import compiled_blocks
 from fast.decoding import captured, compiling_pays, rows_at_once
-from model import Block, Cache, Transformer
+from fast.packed import QUANTIZATIONS
+from files import read_json
+from model import Block, Cache, ModelConfig, Transformer
+from talk import Conversation, Prompts, answer_line, note, read_lines
 
 PREFILL_TOKENS = 2**14  # tokens in one pass, padding included
 LOGITS_AT_ONCE = 2**11  # tokens whose logits exist at a time, where likelihoods are wanted
@@ -57,10 +72,7 @@ def generate_each(
         return
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is last
     longest = len(prompts[waiting[-1]])
-    length = longest + max_new_tokens
-    model.config.check_row(length, "a prompt's length with max_new_tokens")
-    rounded = -(-length // 64) * 64  # few shapes to compile
-    length = min(rounded, model.config.index_topk or rounded)
+    length = cache_length(model.config, longest, max_new_tokens)
     on_gpu = model.lm_head.weight.is_cuda
     most = batch_size or 64
     if on_gpu and not batch_size:
@@ -88,6 +100,29 @@ def generate_each(
     print(f"decoded {len(prompts)} prompts: {speed}", flush=True)
     del decoder
     torch.cuda.empty_cache()  # leaves the memory in one piece for what comes next
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer, prompt: list[int], max_new_tokens: int, eos_ids: Collection[int]
+) -> Iterator[int]:
+    """Yields the tokens that `generate` returns for this prompt, each as soon as it is chosen."""
+    length = cache_length(model.config, len(prompt), max_new_tokens)
+    decoder, count = Decoder(model, 1, length, max_new_tokens, eos_ids), 0
+    decoder.steps_between_looks = 1
+    decoder.prefill({0: prompt})
+    while decoder.prompts:
+        decoder.run()
+        before, count = count, int(decoder.count)
+        yield from decoder.new[0, before:count].tolist()
+
+
+def cache_length(config: ModelConfig, longest: int, max_new_tokens: int) -> int:
+    """Returns how many tokens of a row a cache holds. Raises ValueError for too many."""
+    length = longest + max_new_tokens
+    config.check_row(length, "a prompt's length with max_new_tokens")
+    rounded = -(-length // 64) * 64  # few shapes to compile
+    return min(rounded, config.index_topk or rounded)
 
 
 class Decoder:
@@ -222,3 +257,155 @@ def not_finite(model: Transformer, rows: Rows) -> str:
                     f"{place} gives numbers that are not finite, for {of}; are its weights right?"
                 )
     return "a row has logits that are not finite; when it runs again, they are"
+
+
+# ------------------------------------------------------------------------------------------
+# The command
+
+EXAMPLE = 'python generate.py --model demo/base --prompt "Copy: cat lamp"'
+
+
+@dataclass
+class TalkConfig(Keys):
+    model: str = key("", "base checkpoint: a directory or a hub name")
+    adapter: list[str] = key((), "adapters over the base: directories or hub names")
+    prompt: str = key("", "a single question; without it, a conversation, or the lines of a pipe")
+    system: str = key("", "a system message, which stands before all that is said")
+    max_new_tokens: int = key(512, "longest answer, in tokens", at_least=1)
+    chat_format: str = key(
+        "",
+        "of questions; empty: the checkpoint's own, or its family's",
+        choices=FORMATS,
+    )
+    plain: bool = key(False, "texts without the chat format, for models not trained to chat")
+    model_config: list[str] = key((), "FIELD=VALUE ...: changes to config.json; VALUE is JSON")
+    device: str = key("", "cpu, cuda, cuda:1 ...; empty: cuda where there is one")
+    dtype: str = key("", "empty: bfloat16 on a GPU, else float32", choices=("bfloat16", "float32"))
+    quantize: str = key(
+        "", "frozen experts rest in 8 or 4 bits, to save memory", choices=QUANTIZATIONS
+    )
+
+    def check(self) -> None:
+        """Raises ValueError for an impossible value, and for keys that do not go together."""
+        super().check()
+        if not self.model:
+            raise ValueError(f"--model is required, as in: {EXAMPLE}")
+        if self.plain and self.system:
+            raise ValueError("--system needs the chat format, so it cannot be with --plain")
+        for name in ("prompt", "system"):
+            if not is_text(getattr(self, name)):
+                raise refusal(name, getattr(self, name), "text that can be written as UTF-8")
+
+
+@dataclass
+class Variants:
+    """A base and its adapters, of which one at a time is in the model."""
+
+    model: Transformer
+    adapters: dict[str, Path | None]  # name -> directory, None for the base alone
+    present: str = "base"
+
+    def use(self, name: str) -> Transformer:
+        """Returns the model with this adapter over the base."""
+        if name != self.present:
+            self.present = ""  # Ctrl-C may come before the change is whole
+            if directory := self.adapters[name]:
+                load_adapter(self.model, directory)
+            else:
+                remove_adapter(self.model)
+            self.present = name
+        return self.model
+
+
+def read_limit(base: Path, config: ModelConfig) -> tuple[int, str]:
+    """Returns how many tokens a prompt may have with its answer, and the field that says so."""
+    context = flat(read_json(base / "config.json")).get("max_position_embeddings")
+    limits = {"max_position_embeddings": context, "index_topk": config.index_topk}
+    known = [(n, name) for name, n in limits.items() if isinstance(n, int)]
+    return min(known, default=(sys.maxsize, ""))
+
+
+def run(config: TalkConfig) -> None:
+    """Answers --prompt, the lines of a pipe, or a user at a terminal."""
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):  # what loading and decoding print is no answer
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
+        base = local_directory(config.model)
+        meta, _ = read_checkpoint(base, config.model_config)
+        adapters = {"base": None, **checked_adapters(config.adapter, meta, config.quantize)}
+        tokenizer = load_tokenizer(base, config.chat_format)
+        limits = read_limit(base, meta.config)
+        prompts = Prompts(tokenizer, config.system, config.plain, *limits)
+        texts = {"prompt": config.prompt} if config.prompt else {}
+        if from_pipe := not config.prompt and not sys.stdin.isatty():
+            texts = read_lines(sys.stdin.buffer)
+        rows = prompts.of_texts(texts)
+        if from_pipe:  # they are decoded together
+            cache_length(meta.config, max(map(len, rows)), config.max_new_tokens)
+        chat = tokenizer.chat
+        note("no chat format" if config.plain else f"chat format: {chat.name}, from {chat.source}")
+        dtype = choose_dtype(config.dtype, device)
+        how = {"changes": config.model_config, "quantize": config.quantize}
+        variants = Variants(load_model(base, device, dtype, **how), adapters)
+        if from_pipe:
+            answers = answers_of(variants, rows, prompts, config.max_new_tokens)
+            for text, *of_each in zip(texts.values(), *answers.values()):
+                print(answer_line(text, dict(zip(answers, of_each))), file=out)
+            return
+
+        def stream_of(name: str, row: list[int], most: int) -> Iterator[int]:
+            return stream(variants.use(name), row, most, tokenizer.end_ids)
+
+        talk = Conversation(prompts, list(adapters), stream_of, config.max_new_tokens, out)
+        for row in rows:  # of --prompt
+            if any(talk.write_answer(name, row)[1] for name in adapters):
+                raise KeyboardInterrupt
+            note("next: without --prompt, the same command is a conversation")
+            return
+    note(f"You talk to {', '.join(adapters)}. /help lists what else you can say; Ctrl-D ends.")
+    talk.run()
+
+
+def answers_of(
+    variants: Variants, rows: Rows, prompts: Prompts, max_new_tokens: int
+) -> dict[str, list[str]]:
+    """Returns name -> the answers to these rows, in their order."""
+    tokenizer, answers = prompts.tokenizer, {}
+    for name in variants.adapters:
+        new = generate(variants.use(name), rows, max_new_tokens, tokenizer.end_ids)
+        cut = [ids[: prompts.room(row, "")] for ids, row in zip(new, rows)]
+        answers[name] = [tokenizer.decode(ids) for ids in cut]
+    return answers
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Talk to a base checkpoint and to adapters over it: compare what they answer.\n"
+        "Answers are greedy: the same question gets the same answer.",
+        epilog="""examples:
+  python generate.py --model demo/base --adapter runs/demo/adapter --prompt "Copy: cat lamp"
+      the answers of the base and of the adapter to one question
+  python generate.py --model demo/base --adapter runs/demo/adapter
+      a conversation on the terminal; /help there says what it understands
+  python generate.py --model demo/base < questions.txt > answers.txt
+      a question a line, an answer a line; with adapters, a line is a JSON object""",
+    )
+    add_keys(parser, TalkConfig)
+    return parser
+
+
+def main() -> None:
+    try:
+        run(read_keys(TalkConfig, command_line().parse_args()))
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ FLOORS = [
     {"model", "files", "stored_tensors", "config", "processes"},
     {"families"},
     {"fast", "chat"},
-    {"checkpoint"},
+    {"checkpoint", "talk"},
     {"lora", "data", "pictures"},
     {"peft_format"},
     {"adapter"},
