@@ -33,6 +33,7 @@ COMMANDS = (
     "compare",
     "select_experts",
     "eval",
+    "generate",
     "merge",
     "data",
 )  # files with command_line()
@@ -228,10 +229,11 @@ def runs_here(words: list[str]) -> bool:
 
 
 def run(words: list[str]) -> str:
-    """Runs a command in this process. Returns what it printed."""
+    """Runs a command in this process, with a question on a pipe. Returns what it printed."""
     script, arguments = script_of(words)
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", [script, *arguments]), contextlib.redirect_stdout(out):
+    out, question = io.StringIO(), io.TextIOWrapper(io.BytesIO(b"Copy: cat\n"))
+    patched = mock.patch.multiple(sys, argv=[script, *arguments], stdin=question)
+    with patched, contextlib.redirect_stdout(out):
         try:
             importlib.import_module(script.removesuffix(".py")).main()
         except SystemExit as end:

@@ -235,6 +235,14 @@ def test_each_model_sees_its_own_answers():
     assert models.heard[-2:] == [("base", two), ("first", f"{one} G{two}")]
 
 
+def test_plain_lines_stand_alone():
+    models = Scripted({"base": ["A", "B"]})
+    models.talk.prompts.plain = True
+    models.talk.ask("User: one")
+    models.talk.ask("two")
+    assert models.heard == [("base", "User: one"), ("base", "two")]
+
+
 def test_a_single_model_needs_no_name():
     models = Scripted({"base": ["A\nB"]})
     models.talk.ask("one")
@@ -310,7 +318,7 @@ def test_a_pipe_has_an_answer_a_line_in_order(adapters, answer, monkeypatch, cap
     out, err = run(monkeypatch, capsys, stdin=stdin.encode())
     assert out == "".join(answer("base", line) + "\n" for line in lines)
     assert "decoded 4 prompts" in err
-    stdin = "\n".join(lines).encode()
+    stdin = "\r\n".join(lines).encode()
     out, _ = run(monkeypatch, capsys, "--adapter", adapters["other"], stdin=stdin)
     expected = [
         {"prompt": line, "base": answer("base", line), "other": answer("other", line)}
