@@ -358,8 +358,8 @@ def run(config: TalkConfig) -> None:
             return stream(variants.use(name), row, most, tokenizer.end_ids)
 
         talk = Conversation(prompts, list(adapters), stream_of, config.max_new_tokens, out)
-        for row in rows:  # of --prompt
-            if any(talk.write_answer(name, row)[1] for name in adapters):
+        if config.prompt:
+            if any(talk.write_answer(name, rows[0])[1] for name in adapters):  # until Ctrl-C
                 raise KeyboardInterrupt
             note("next: without --prompt, the same command is a conversation")
             return
