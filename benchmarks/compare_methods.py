@@ -28,16 +28,16 @@ sys.path.insert(0, str(ROOT))
 
 from files import read_json, write_json  # noqa: E402
 
-RATES = [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]
+RATES = [2e-3, 4e-3, 8e-3]
 METHODS = {  # name -> keys of train.py, learning rates to try
     "esft": ({}, RATES),
     "gate": ({"score": "gate", "top_p": 0.2}, RATES),  # the paper: 0.1
     "random": ({"selection": "random"}, RATES),
     "lowest": ({"selection": "lowest"}, RATES),
     "shared": ({"shared_experts": True}, RATES),
-    "non_expert": ({"non_expert_modules": True}, [1e-4, 3e-4, 1e-3, 2e-3, 3e-3]),
-    "lora": ({"method": "lora"}, [1e-4, 3e-4, 1e-3, 2e-3, 3e-3]),
-    "full": ({"method": "full"}, [3e-5, 1e-4, 2e-4, 3e-4, 1e-3]),
+    "non_expert": ({"non_expert_modules": True}, [1e-4, 3e-4, 1e-3]),
+    "lora": ({"method": "lora"}, [5e-4, 1e-3, 2e-3]),
+    "full": ({"method": "full"}, [1e-4, 2e-4, 4e-4]),
 }
 TASKS = {"intent": "intent", "order": "exact", "sum": "exact"}  # task -> metric of eval.py
 
@@ -50,6 +50,7 @@ def run(job: dict, part: str, device: str, tiny: bool) -> dict:
             "seed": job["seed"],
             "output_dir": f"{folder}/run",
             "device": device,
+            "dtype": "float32",
             **METHODS[job["method"]][0],
         }
         names = f"{job['task']}_train", f"{job['task']}_{part}", f"general_{part}"
