@@ -9,7 +9,6 @@ tasks/. What makes a step faster on a GPU is in fast/decoding.py.
 Dimensions: B rows, D hidden size, N wanted tokens of a row, V tokens of the vocabulary.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -24,13 +23,12 @@ from tqdm import tqdm
 from adapter import checked_adapters, load_adapter, remove_adapter
 from chat import FORMATS, is_text, load_tokenizer
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
-from config import Keys, add_keys, key, read_keys, refusal
+from config import Keys, Parser, add_keys, key, read_keys, refusal
 from data import by_length, pad
-from families import flat
+from families import context_length
 from fast import compiled_blocks
 from fast.decoding import captured, compiling_pays, rows_at_once
 from fast.packed import QUANTIZATIONS
-from files import read_json
 from model import Block, Cache, ModelConfig, Transformer
 from talk import Conversation, Prompts, answer_line, note, read_lines
 
@@ -319,9 +317,8 @@ class Variants:
 
 def read_limit(base: Path, config: ModelConfig) -> tuple[int, str]:
     """Returns how many tokens a prompt may have with its answer, and the field that says so."""
-    context = flat(read_json(base / "config.json")).get("max_position_embeddings")
-    limits = {"max_position_embeddings": context, "index_topk": config.index_topk}
-    known = [(n, name) for name, n in limits.items() if isinstance(n, int)]
+    limits = {"max_position_embeddings": context_length(base), "index_topk": config.index_topk}
+    known = [(n, name) for name, n in limits.items() if n]
     return min(known, default=(sys.maxsize, ""))
 
 
@@ -379,19 +376,13 @@ def answers_of(
     return answers
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Talk to a base checkpoint and to adapters over it: compare what they answer.\n"
-        "Answers are greedy: the same question gets the same answer.",
-        epilog="""examples:
-  python generate.py --model demo/base --adapter runs/demo/adapter --prompt "Copy: cat lamp"
-      the answers of the base and of the adapter to one question
-  python generate.py --model demo/base --adapter runs/demo/adapter
-      a conversation on the terminal; /help there says what it understands
-  python generate.py --model demo/base < questions.txt > answers.txt
-      a question a line, an answer a line; with adapters, a line is a JSON object""",
+def command_line() -> Parser:
+    parser = Parser(
+        "Talk to a base checkpoint and to adapters over it: compare what they answer. Answers are "
+        "greedy: the same question gets the same answer. With --prompt a single question; without "
+        "it a conversation on the terminal, where /help says what it understands. From a pipe, a "
+        "question a line gets an answer a line; with adapters, a line is a JSON object.",
+        EXAMPLE,
     )
     add_keys(parser, TalkConfig)
     return parser
