@@ -83,7 +83,7 @@ def main() -> None:
         raw = json.loads((Path(args.shape) / "config.json").read_text())
         raw = {k: v for k, v in raw.items() if not k.endswith("_token_id")}  # of its own tokenizer
     if args.tiny:
-        device, raw, args.steps = "cpu", V2_LITE | PUBLISHED | TINY | {"vocab_size": 1024}, 2
+        device, raw, args.steps = "cpu", V2_LITE | PUBLISHED | TINY | {"vocab_size": 2048}, 2
     made = print_conditions(device)
     with tempfile.TemporaryDirectory() as temporary:
         run(args, Path(args.directory or temporary), device, raw, made)

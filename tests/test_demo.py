@@ -45,7 +45,8 @@ def test_general_files_hold_ten_skills_and_none_of_the_tasks():
 def test_the_generator_gives_the_files_of_the_repository(tmp_path):
     """make_data.py writes beside itself, so a copy of it writes into the scratch folder."""
     (tmp_path / "demo").mkdir()
-    (tmp_path / "demo/make_data.py").write_bytes((ROOT / "demo/make_data.py").read_bytes())
+    for name in ("make_data.py", "words.txt"):
+        (tmp_path / "demo" / name).write_bytes((ROOT / "demo" / name).read_bytes())
     subprocess.run(
         [sys.executable, "demo/make_data.py"], cwd=tmp_path, check=True, capture_output=True
     )

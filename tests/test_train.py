@@ -635,7 +635,7 @@ def test_bad_files_are_refused_before_the_model_is_loaded(
     for changes, error, message in (
         ({"data": str(bad)}, ValueError, "bad.jsonl: line 1: .*the answer"),
         ({"validation_data": str(bad)}, ValueError, "bad.jsonl: line 1"),
-        ({"eval_sets": [f"exact:{bad}"]}, ValueError, "bad.jsonl: line 1: field raw_answers"),
+        ({"eval_sets": [f"exact:{bad}"]}, ValueError, "bad.jsonl: line 1: messages end"),
         ({"data": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl: no such data file"),
         ({"model": "nowhere"}, FileNotFoundError, "nowhere: no such checkpoint directory"),
         (
@@ -707,7 +707,7 @@ def test_every_option_is_read():
 def test_demo_base_is_a_published_format_checkpoint():
     config = read_config(ROOT / "demo/base")
     model = load_model(ROOT / "demo/base")
-    assert sum(p.numel() for p in model.parameters()) == 4_075_200 and config.n_routed_experts == 64
+    assert sum(p.numel() for p in model.parameters()) == 4_337_344 and config.n_routed_experts == 64
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, prompt = load_tokenizer(ROOT / "demo/base"), "User: Copy: cup\n\nAssistant:"

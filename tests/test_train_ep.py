@@ -539,7 +539,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(twenty_steps, tmp_pat
         stdout, stderr = run.communicate(timeout=300)
     assert run.returncode == 0, stderr[-3000:]
     assert "error: rank 1 died or does not answer" in stderr
-    assert "continues after step" in stdout and "next: python merge.py" in stdout
+    assert "continues after step" in stdout and "next: python generate.py" in stdout
     assert stdout.count("step     1/20") == 1
     for name in ("adapter/adapter.safetensors", "adapter/expert_cfg.json", "scores_after.json"):
         assert (whole / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
