@@ -222,12 +222,11 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     for name, row in rows.items():
         task, *others = row["scores"].values()
         point = task, fmean(others)
-        axes.plot(*point, "k*" if name == "base" else "o", markersize=10)
-        axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
+        axes.plot(*point, "k*" if name == "base" else "o", markersize=10, label=name)
     task, *others = (title(e) + ", less is better" * is_loss(e) for e in rows["base"]["scores"])
     mean = "mean of " * (len(others) > 1) + ", ".join(others)
     axes.set(xlabel=f"task: {task}", ylabel=f"general ability: {mean}")
-    axes.margins(0.15)
+    axes.legend()
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
@@ -270,10 +269,10 @@ def run(arguments: argparse.Namespace) -> None:
             draw(rows, folder / "compare.png")
     figure = f"no compare.png ({reason})" if reason else "compare.png"
     print(f"\n{text}\nwrote {folder}/: compare.txt, compare.json, {figure}; a run for each method")
-    adapters = shlex.join(f"{config.output_dir}/adapter" for config in configs.values())
-    changes = f" --model_config {shlex.join(config.model_config)}" if config.model_config else ""
-    files = f"--model {config.model} --adapter {adapters} --base{changes}"
-    print(f"next: python eval.py {files} --task TASK --data FILE --output DIR")
+    words = ["--model", config.model, "--adapter"]
+    words += [f"{config.output_dir}/adapter" for config in configs.values()]
+    words += ["--model_config", *config.model_config] if config.model_config else []
+    print(f"next: python generate.py {shlex.join(words)}    # talk to all of them")
 
 
 def main() -> None:
