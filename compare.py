@@ -1,6 +1,6 @@
 """Compare methods: train them one after another from one config, and put them into one table.
 
-    python compare.py --config configs/demo.toml --methods esft lora:1e-3 --output_dir runs/compare
+    python compare.py --config configs/demo.toml --methods esft lora:5e-4 --output_dir runs/compare
 
 Each method is a run of train.py in output_dir/NAME. A new method is an entry of METHODS.
 """
@@ -52,7 +52,7 @@ config's own method (esft, with its variants, if it names none). Other methods t
 All other keys go to every method on which they have an effect."""
 EXAMPLE = (
     "python compare.py --config configs/demo.toml --output_dir runs/compare --methods esft "
-    "lora:1e-3 full:1e-4 random"
+    "lora:5e-4 full:1e-4 random"
 )
 # What a row of compare.json has of a run's results.json, beside the scores.
 KEPT = ("learning_rate", "trained_parameters", "all_parameters", "adapter_bytes", "seconds")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chat.template import Chat, Message, Piece
 from chat.tokenizer import Tokenizer
+from config import no_such
 from files import parse_json
 
 # Fields of rows and messages that say where they are from, or how long they are, and no more.
@@ -43,7 +44,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; a data file is required")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
+        raise FileNotFoundError(no_such(path, "data file"))
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
