@@ -125,7 +125,8 @@ def score_experts(
     def collect() -> Scores:
         sizes = config.scored_tokens, config.seq_length, config.seed
         sequences = sample_tokens(inputs.samples, *sizes)
-        print_heading(f"scoring on {sum(map(len, sequences)):,} tokens of {config.data}")
+        count = sum(map(len, sequences))
+        print_heading(f"scoring on {count:,} tokens of {config.data}, for {name}")
         batches = scoring_batches(sequences, inputs.tokenizer.pad_id)
         return collect_scores(model, batches, config.average)
 

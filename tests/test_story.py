@@ -50,10 +50,10 @@ def test_a_run_tells_its_story(tmp_path, monkeypatch, capsys):
     scoring = f"scoring on {tokens} tokens of {rows}"
     assert headings == [
         *(line.format("before") for line in evaluating),
-        scoring,
+        f"{scoring}, for expert_cfg.scores.json",
         "selecting",
         "training",
-        scoring,
+        f"{scoring}, for scores_after.json",
         *(line.format("after") for line in evaluating),
         "results",
     ]
