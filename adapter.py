@@ -149,8 +149,9 @@ def read_adapter(directory: Path, model: Transformer) -> dict[str, StoredTensor]
 
 
 def name_adapters(paths: list[str]) -> list[str]:
-    """Returns a short name for each: its directory, or the one above where that is "adapter". It is
-    the whole path where two would share a name, or one would have the base's or a prompt's."""
+    """Returns a short name for each: its directory, or the one above where that is "adapter". Where
+    two would share a name, or a name would be "base" or "prompt", it is the whole path, without the
+    first slash."""
     whole = [Path(path).absolute() for path in paths]
     short = [p.parent.name if p.name == "adapter" else p.name for p in whole]
     taken = ["", "base", "prompt"]

@@ -335,7 +335,11 @@ def run(config: TalkConfig) -> None:
         limits = read_limit(base, meta.config)
         prompts = Prompts(tokenizer, config.system, config.plain, *limits)
         texts = {"prompt": config.prompt} if config.prompt else {}
-        if from_pipe := not config.prompt and not sys.stdin.isatty():
+        if from_pipe := not config.prompt and not (sys.stdin and sys.stdin.isatty()):
+            if sys.stdin is None:
+                raise ValueError(
+                    "standard input is closed; a terminal, a pipe or --prompt is required"
+                )
             texts = read_lines(sys.stdin.buffer)
         rows = prompts.of_texts(texts)
         if from_pipe:  # they are decoded together
@@ -371,8 +375,10 @@ def answers_of(
     tokenizer, answers = prompts.tokenizer, {}
     for name in variants.adapters:
         new = generate(variants.use(name), rows, max_new_tokens, tokenizer.end_ids)
-        cut = [ids[: prompts.room(row, "")] for ids, row in zip(new, rows)]
-        answers[name] = [tokenizer.decode(ids) for ids in cut]
+        most = [min(prompts.room(row, ""), max_new_tokens) for row in rows]
+        if cut := sum(len(ids) >= count for ids, count in zip(new, most)):
+            note(f"{cut} of {len(rows)} answers of {name} are cut off: see --max_new_tokens")
+        answers[name] = [tokenizer.decode(ids[:count]) for ids, count in zip(new, most)]
     return answers
 
 

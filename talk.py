@@ -54,8 +54,8 @@ class Prompts:
         return self.tokenizer.chat.render(messages, generation_prompt=True)
 
     def of_messages(self, messages: list[Message]) -> list[int]:
-        """Returns the tokens that ask for the next answer of a conversation. `plain` they are those
-        of its last text."""
+        """Returns the tokens that ask for the next answer of a conversation. With `plain`, returns
+        those of the last message alone."""
         text = messages[-1].content if self.plain else self.in_format([*self.begin, *messages])
         return self.tokenizer.encode_prompts([text])[0]
 
@@ -65,6 +65,8 @@ class Prompts:
         rows, carried = [], []
         for where, text in texts.items():
             question = self.question_in(text)
+            if question is not None and not question.strip():
+                raise ValueError(f"{where} is empty; a question is required")
             if question != text:
                 carried.append(where)
             if question is not None:
@@ -131,7 +133,7 @@ class Conversation:
         sys.stdin.reconfigure(errors="replace")  # a terminal may send half a character
         while True:
             try:
-                line = input("> ").strip()
+                line = input("> " if sys.stdout.isatty() else "").strip()
             except KeyboardInterrupt:
                 note("\nCtrl-D ends the talk.")
                 continue
@@ -207,8 +209,8 @@ class Conversation:
 
 
 def read_lines(stdin: BinaryIO) -> dict[str, str]:
-    """Returns the prompts of a pipe, one a line: place -> text. Raises ValueError that names the
-    line."""
+    """Returns the prompts of a pipe, one a line: place -> text. Raises ValueError that names a line
+    that is no text."""
     content = stdin.read()
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
@@ -216,11 +218,7 @@ def read_lines(stdin: BinaryIO) -> dict[str, str]:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"standard input: line {line}: not UTF-8 text") from None
     lines = enumerate(text.rstrip("\n").split("\n"), 1)
-    prompts = {f"standard input: line {i}": line for i, line in lines}
-    for where, line in prompts.items():
-        if not line.strip():
-            raise ValueError(f"{where} is empty; a prompt is required")
-    return prompts
+    return {f"standard input: line {i}": line for i, line in lines}
 
 
 def answer_line(prompt: str, answers: dict[str, str]) -> str:

@@ -128,7 +128,7 @@ def pieces_and_answers(row: dict, chat: Chat, where: str) -> tuple[list[Piece], 
     if layout is None:
         needed = f"field messages is missing (or another of {', '.join(LAYOUTS)})"
         raise ValueError(f"{where}: {needed}; the row has {', '.join(map(str, row)) or 'none'}")
-    if layout == "prompt" and "raw_answers" in row:
+    if layout == "prompt" and "completion" not in row and "raw_answers" in row:
         raise ValueError(f"{where}: field completion is missing: looks like an evaluation file")
     check_known(row, LAYOUTS[layout], where)
     if layout == "prompt":

@@ -154,8 +154,11 @@ class Chat:
         self.check_tokens("questions")
         roles = "user", "assistant"
         turns = [Message("turn", *said) for pair in earlier for said in zip(roles, pair)]
-        turns.append(Message("question", "user", question))
-        return self.render(turns, generation_prompt=True).removeprefix(self.bos)
+        asked = [*turns, Message("question", "user", question)]
+        text = self.render(asked, generation_prompt=True)
+        if turns:
+            self.check_kept(asked, text)
+        return text.removeprefix(self.bos)
 
     def question_in(self, text: str) -> str | None:
         """Returns the question in a text that may carry this format already, without what the
@@ -165,8 +168,9 @@ class Chat:
         before, _, behind = self.prompt(QUESTION).partition(QUESTION)
         begin, end, text = before.strip(), behind.strip(), self.without_begin(text)
         question = text.strip().removeprefix(begin).removesuffix(end).strip()
-        # Tokens count everywhere. Of those behind a question the first does: a user may ask what
-        # <think> is. Words count where lines begin, in a text that begins or ends with them.
+        # A special token is a mark wherever it stands, but behind the question only the first one
+        # is: a user may ask what <think> is. A word is a mark at the beginning of a line, and only
+        # in a text that begins or ends with such a word.
         marks = [token for token in self.special if token in before]
         marks += [up_to_first(self.special, behind)[1]]
         if question != text.strip():

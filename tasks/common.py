@@ -152,7 +152,12 @@ def read_answers(row: dict, where: str, ask: Ask | None = None) -> dict | None:
     the prompt. Returns None if no answer is learned."""
     if ask and row.get("raw_answers") is None and is_training_row(row):
         found = prompt_and_answer(row, ask.tokenizer, where)
-        return found and {"prompt": found[0], "raw_answers": [without_reasoning(found[1])]}
+        if found is None:
+            return None
+        prompt, answer = found[0], without_reasoning(found[1])
+        if not answer.strip():
+            raise ValueError(f"{where}: the last answer is reasoning alone; an answer is required")
+        return {"prompt": prompt, "raw_answers": [answer]}
     answers = text_list(row, "raw_answers", where)
     return {"prompt": text_field(row, "prompt", where), "raw_answers": answers}
 

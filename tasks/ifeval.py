@@ -48,8 +48,7 @@ class Instructed(Task):
 
     def result_of(self, examples: list[dict], judge=None) -> Result:
         """Returns the four published accuracies, over the prompts that are scored and over all
-        instructions that are checked. Raises ValueError if no prompt is scored."""
-        check_scored(examples, "ifeval")  # the file was checked, but --limit may leave none
+        instructions that are checked. They are None where --limit leaves none of these."""
         records, metrics = [], {}
         for example in examples:
             answer = answer_in(example)
@@ -59,8 +58,10 @@ class Instructed(Task):
             records.append({"example": example, "score": score, "strict": strict, "loose": loose})
         scored = [record for record in records if is_scored(record["example"])]
         for how in ("strict", "loose"):
-            metrics[f"prompt-level {how}"] = fmean(all(record[how]) for record in scored)
-            metrics[f"instruction-level {how}"] = fmean(chain(*(r[how] for r in records)))
+            followed = list(chain(*(record[how] for record in records)))
+            prompts = [all(record[how]) for record in scored]
+            metrics[f"prompt-level {how}"] = fmean(prompts) if prompts else None
+            metrics[f"instruction-level {how}"] = fmean(followed) if followed else None
         unit = f"prompts and {sum(len(r['strict']) for r in records)} instructions"
         return Result(metrics, len(scored), unit, records, len(records) - len(scored))
 

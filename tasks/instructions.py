@@ -52,8 +52,7 @@ def has_words(text: str, num_words: int, relation: str) -> bool:
 
 
 def filled(parts: list[str]) -> list[str]:
-    """Returns the parts that are not blank. Only the first and the last part may be blank; else
-    there are none."""
+    """Returns the parts that are not blank. Returns [] if one between the first and last is."""
     return [] if any(not p.strip() for p in parts[1:-1]) else [p for p in parts if p.strip()]
 
 

@@ -111,7 +111,17 @@ def test_other_tasks_of_prompts_and_answers_read_them(task, tokenizer, tmp_path)
     )
     (example,) = read_examples(path, task, Ask(tokenizer))
     assert example == {"prompt": "User: Intent: play Valse\n\nAssistant:", "raw_answers": [said]}
-    assert TASKS[task].saved_example({"example": example | {"raw_prediction": "x"}}, "") != example
+    answered = example | {"raw_prediction": "x"}
+    assert TASKS[task].saved_example({"example": answered}, "") == answered
+
+
+@pytest.mark.parametrize("said", ["<think>only thoughts", "<think>a</think>", "b</think> "])
+def test_an_answer_that_is_reasoning_alone_is_named(said, tokenizer, tmp_path):
+    path = write(
+        tmp_path / "held.jsonl", [{"messages": TALK}, {"messages": [user("q"), answer(said)]}]
+    )
+    with pytest.raises(ValueError, match="held.jsonl: line 2: the last answer is reasoning alone"):
+        read_examples(path, "exact", Ask(tokenizer))
 
 
 def test_rows_without_a_learned_answer_are_left_out(tokenizer, tmp_path, capsys):

@@ -288,3 +288,13 @@ def test_the_file_of_examples_is_not_overwritten(files, monkeypatch):
 
 def test_the_tasks_that_take_shots():
     assert sorted(n for n, task in TASKS.items() if task.takes_shots) == sorted(TAKERS)
+
+
+def test_examples_that_a_template_leaves_out_are_named():
+    """This one shows the last answer alone."""
+    template = "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A:"
+    template += "{% elif loop.revindex <= 2 %} {{ m.content }}<end>{% endif %}{% endfor %}"
+    chat = Chat("own", template, "a test", {"eos_token": "<end>"}, ["<end>"])
+    assert chat.prompt("Q2", [("Q1", "A1")]) == "Q: Q1 A: A1<end>Q: Q2 A:"
+    with pytest.raises(ValueError, match="content is 'A1'; the chat format leaves it out"):
+        chat.prompt("Q3", [("Q1", "A1"), ("Q2", "A2")])

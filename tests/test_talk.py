@@ -325,6 +325,8 @@ def test_a_pipe_has_an_answer_a_line_in_order(adapters, answer, monkeypatch, cap
         for line in lines
     ]
     assert [json.loads(line) for line in out.splitlines()] == expected
+    out, err = run(monkeypatch, capsys, "--max_new_tokens", 2, stdin=stdin)
+    assert len(out.splitlines()) == 4 and "of 4 answers of base are cut off" in err
 
 
 def test_an_answer_in_a_pipe_is_one_line():
@@ -346,16 +348,18 @@ def test_an_answer_in_a_pipe_is_one_line():
         (["--device", "cuda:99"], b"", "device is 'cuda:99'; not available here"),
         (["--plain", "--system", "x"], b"", "--system needs the chat format"),
         (["--max_new_tokens", "0"], b"", "max_new_tokens is 0; must be at least 1"),
+        (["--prompt", "  "], b"", "prompt is empty; a question is required"),
+        (["--prompt", "User: "], b"", "prompt is empty; a question is required"),
         (["--prompt", "a\udc80"], b"", "prompt is 'a.udc80'; must be text"),
         (
             ["--prompt", "x " * 2000],
             b"",
-            "prompt has \d,007.* must be fewer than max_position_emb.* 1,024",
+            r"prompt has \d,007.* must be fewer than max_position_emb.* 1,024",
         ),
-        ([], b"", "standard input: line 1 is empty; a prompt is required"),
-        ([], b"a\n \nb\n", "standard input: line 2 is empty"),
+        ([], b"", "standard input: line 1 is empty; a question is required"),
+        ([], b"a\n \nb\n", "standard input: line 2 is empty; a question"),
         ([], b"a\nb\n\xff\n", "standard input: line 3: not UTF-8 text"),
-        ([], b"a\n" + b"x " * 2000, "standard input: line 2 has \d,007.* tokens"),
+        ([], b"a\n" + b"x " * 2000, r"standard input: line 2 has \d,007.* tokens"),
     ],
 )
 def test_mistakes_end_before_weights_are_loaded(arguments, stdin, message, monkeypatch, capsys):
@@ -372,8 +376,9 @@ def test_an_adapter_of_another_base_is_refused(adapters, tmp_path, monkeypatch, 
     cfg = json.loads((path / "expert_cfg.json").read_text())
     (path / "expert_cfg.json").write_text(json.dumps(cfg | {"base_fingerprint": "0" * 32}))
     monkeypatch.setattr(command, "load_model", lambda *a, **k: pytest.fail("loaded"))
-    for second in (path, adapters["other"].parent / "." / "adapter"):
-        with pytest.raises(SystemExit, match="changed/expert_cfg.json|the same is given twice"):
+    again = adapters["other"].parent / "." / "adapter"
+    for second, said in ((path, "changed/expert_cfg.json"), (again, "the same is given twice")):
+        with pytest.raises(SystemExit, match=said):
             run(monkeypatch, capsys, "--adapter", adapters["other"], second, "--prompt", "a")
 
 

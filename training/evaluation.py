@@ -78,8 +78,8 @@ def answer_lines(config: TrainConfig) -> list[str]:
         file = completions_file(output, when, 1, path)
         lines = file.read_text(encoding="utf-8").split("\n")[:-1]
         records.append([parse_json(line, str(file)) for line in lines])
-    pairs = list(zip(*records))
-    before, after = next((p for p in pairs if p[0]["score"] != p[1]["score"]), pairs[0])
+    scored = [pair for pair in zip(*records) if pair[0]["score"] is not None]
+    before, after = next((p for p in scored if p[0]["score"] != p[1]["score"]), scored[0])
     if "raw_prediction" not in before["example"]:  # a loss
         return []
     shown = {"prompt": before["example"]["prompt"], "expected": before["example"]["raw_answers"][0]}
