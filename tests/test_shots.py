@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from published_rows import ARC_HUB, CHAT, CLUEWSC, HELLASWAG, MBPP, PLAIN, WIKIHOW, write_rows
 
+from chat.template import Chat
 from eval import main
 from tasks import TASKS, read_examples
 
