@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub as hub  # imports its parts where they are used
 import torch
-from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 import fast
@@ -52,20 +51,22 @@ def local_directory(
     if is_path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII):
         raise FileNotFoundError(missing)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=files))
+        return Path(hub.snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # the library raises its own, its HTTP client's and the system's
         raise FileNotFoundError(f"{missing}; {no_download(str(name), error)}") from None
 
 
 def no_download(name: str, error: Exception) -> str:
     """Returns why the hub did not give the repository `name`, and what to do."""
-    if isinstance(error, hub.GatedRepoError):  # a kind of RepositoryNotFoundError
+    if isinstance(error, hub.errors.GatedRepoError):  # a kind of RepositoryNotFoundError
         page = f"https://huggingface.co/{name}"
         return f"the Hugging Face hub wants consent: give it at {page}, then run `hf auth login`"
-    if isinstance(error, hub.RepositoryNotFoundError):
+    if isinstance(error, hub.errors.RepositoryNotFoundError):
         return "no such repository on the Hugging Face hub, or a private one (`hf auth login`)"
     reason = f"({textwrap.shorten(str(error.__cause__ or error), 120, placeholder=' ...')})"
-    if isinstance(error, hub.LocalEntryNotFoundError):  # it looked in the cache, as the hub failed
+    if isinstance(
+        error, hub.errors.LocalEntryNotFoundError
+    ):  # it looked in the cache, as the hub failed
         fetch = f"fetch it elsewhere with `hf download {name} --local-dir DIR` and give DIR"
         return f"the Hugging Face hub cannot be reached {reason}; if this is a hub name, {fetch}"
     return f"the Hugging Face hub did not give it {reason}; the same command continues the download"

@@ -47,8 +47,9 @@ ABOUT = """\
 Train methods one after another from one config, each in OUTPUT_DIR/NAME as train.py would, and
 compare them in one table and one figure. The same command continues a comparison that was stopped
 or killed; to add a method, name it behind the others. --overwrite starts all that are named anew.
-NAME:RATE sets a method's learning rate. Without RATE, the config's learning_rate is for the
-config's own method (esft, with its variants, if it names none). Other methods take the paper's.
+NAME:RATE sets a method's learning rate, and esft:RATE that of its variants, too. Without RATE, the
+config's learning_rate is for the config's own method (esft, with its variants, if it names none).
+Other methods take the paper's.
 All other keys go to every method on which they have an effect."""
 EXAMPLE = (
     "python compare.py --config configs/demo.toml --output_dir runs/compare --methods esft "
@@ -100,6 +101,8 @@ def read_configs(arguments: argparse.Namespace) -> tuple[dict[str, TrainConfig],
         sources[name] = f"the paper's for {method}"
         if rate is not None:
             flags["learning_rate"], sources[name] = rate, "--methods"
+        elif method == "esft" and rates.get("esft"):  # controls compare at the same rate
+            flags["learning_rate"], sources[name] = rates["esft"], "esft's, by --methods"
         elif method != own:
             flags["learning_rate"] = PAPER_RATES[method]
         elif "learning_rate" in given:
@@ -222,7 +225,8 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     for name, row in rows.items():
         task, *others = row["scores"].values()
         point = task, fmean(others)
-        axes.plot(*point, "k*" if name == "base" else "o", markersize=10, label=name)
+        style = {"markersize": 10, "fillstyle": "none", "markeredgewidth": 2, "label": name}
+        axes.plot(*point, "k*" if name == "base" else "o", **style)
     task, *others = (title(e) + ", less is better" * is_loss(e) for e in rows["base"]["scores"])
     mean = "mean of " * (len(others) > 1) + ", ".join(others)
     axes.set(xlabel=f"task: {task}", ylabel=f"general ability: {mean}")

@@ -81,7 +81,7 @@ class Keys:
                 continue
             if choices and value not in choices:
                 or_empty = ", or empty" if f.default == "" else ""
-                raise refusal(f.name, value, f"one of {', '.join(choices)}{or_empty}")
+                raise refusal(f.name, value, one_of(choices, value, or_empty))
             if not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
                 said = (f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
                 raise refusal(f.name, value, " and ".join(said))
@@ -90,6 +90,13 @@ class Keys:
 def refusal(name: str, value, required: str) -> ValueError:
     """The error of a key's value. Every error about a key begins with the key's name."""
     return ValueError(f"{name} is {value!r}; must be {required}")
+
+
+def one_of(choices: Collection[str], value, or_empty: str = "") -> str:
+    """Returns what a value must be that is none of the choices, with a guess of which was meant."""
+    close = difflib.get_close_matches(str(value), choices, 1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return f"one of {', '.join(choices)}{or_empty}{meant}"
 
 
 def kind_of(f: dataclasses.Field) -> type:

@@ -30,7 +30,7 @@ import torch
 from adapter import checked_adapters, load_adapter
 from chat import FORMATS, load_tokenizer, read_rows
 from checkpoint import check_device, choose_dtype, load_model, local_directory, read_checkpoint
-from config import Keys, Parser, add_keys, key, read_keys, refusal
+from config import Keys, Parser, add_keys, key, one_of, read_keys, refusal
 from families import context_length
 from fast.packed import QUANTIZATIONS
 from files import check_output_file, locked, read_json, write_json, write_lines
@@ -80,7 +80,7 @@ class EvalConfig(Keys):
         super().check()
         for name in self.task:
             if name not in TASKS:
-                raise refusal("task", name, f"one of {', '.join(TASKS)}")
+                raise refusal("task", name, one_of(TASKS, name))
         model, rescored, url, tasks = self.model, self.rescore, self.judge_url, self.task
         judged = any(TASKS[name].is_judged for name in tasks)
         counts = f"{len(tasks)} --task, {len(self.data)} --data"
@@ -115,7 +115,7 @@ class EvalConfig(Keys):
                 raise ValueError(f"--shots {count}: task {name} takes no examples; {takers} do")
         if (shown := sum(map(bool, shots))) != files:
             said = f"{shown} tasks with examples (--shots), {files} --shots_data"
-            raise ValueError(f"{said}; each such task needs its file")
+            raise ValueError(f"{said}; each such task needs --shots_data, the file of its examples")
 
     def shots_of_tasks(self) -> list[int]:
         """Returns how many examples stand before the questions of each task."""

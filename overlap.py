@@ -25,6 +25,7 @@ def top_experts(path: str, count: int, score: str) -> Experts:
 
 def read_selection(path: str) -> Experts:
     """Returns the experts of an expert_cfg.json. Raises ValueError that names file and field."""
+    path = Path(path) / "expert_cfg.json" if Path(path).is_dir() else path
     expert_cfg = read_json(path)
     experts = expert_cfg.get("experts") if isinstance(expert_cfg, dict) else None
     if not isinstance(experts, dict) or not experts:
@@ -49,7 +50,7 @@ def short_names(paths: list[str]) -> list[str]:
         parts = [path[1:] for path in parts]
     while len({path[-1] for path in parts}) == 1 and all(len(path) > 1 for path in parts):
         parts = [path[:-1] for path in parts]
-    return ["/".join(path) for path in parts]
+    return ["/".join(path).replace("//", "/") for path in parts]
 
 
 def table(names: list[str], counts: list[list[float]]) -> str:
@@ -76,7 +77,7 @@ def draw(names: list[str], counts: list[list[float]], path: str) -> None:
     for i, row in enumerate(counts):
         for j, count in enumerate(row):
             colour = "black" if count > most / 2 else "white"
-            axes.text(j, i, f"{count:.1f}", ha="center", va="center", color=colour)
+            axes.text(j, i, f"{count:.2f}", ha="center", va="center", color=colour)
     axes.set_title("experts of a layer that two tasks share")
     figure.colorbar(image, ax=axes)
     with replacing(path) as part:
@@ -90,7 +91,7 @@ def command_line() -> Parser:
         "python overlap.py runs/demo/expert_cfg.json runs/order/expert_cfg.json --plot overlap.png"
         "    # after two runs",
     )
-    said = "expert_cfg.json files, one a task; with --top score files (NAME.scores.json)"
+    said = "expert_cfg.json files, or folders with one; with --top score files (NAME.scores.json)"
     parser.add_argument("files", nargs="+", metavar="FILE", help=said)
     said = "take the N experts of the highest score instead (6 in the paper's figure)"
     parser.add_argument("--top", type=int, default=0, metavar="N", help=said)

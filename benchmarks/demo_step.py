@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 from v2_lite import print_conditions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +77,8 @@ class Theirs:
 
     def __init__(self, config: TrainConfig, cfg: dict, rows: Rows, experts: str, attention: str):
         self.config, self.rows = config, rows
+        import transformers
+
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32, attn_implementation=attention
         ).train()
@@ -135,6 +136,8 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="two rows and one round, as a test")
     args = parser.parse_args()
+    import transformers  # takes seconds, which --help does not need
+
     transformers.utils.logging.disable_progress_bar()
     rounds, tried = (1, 1) if args.tiny else (15, 3)
     flags = ["--device", "cpu", "--gradient_checkpointing", "false"]  # what auto comes to here

@@ -215,7 +215,7 @@ def test_an_error_of_the_library_is_one_short_line(monkeypatch, error, said):
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", refuse)
+    monkeypatch.setattr(checkpoint_module.hub, "snapshot_download", refuse)
     with pytest.raises(FileNotFoundError) as raised:
         local_directory("org/name", "adapter")
     assert (
@@ -233,7 +233,7 @@ def asked(*_, **__):
 def test_a_mistyped_path_is_not_taken_for_a_hub_name(tmp_path, monkeypatch, name):
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", asked)
+    monkeypatch.setattr(checkpoint_module.hub, "snapshot_download", asked)
     where = "" if name[0] == "/" else f" in the working directory, {tmp_path}"
     with pytest.raises(FileNotFoundError, match=f"^{name}: no such checkpoint directory{where}$"):
         local_directory(name)
@@ -242,7 +242,7 @@ def test_a_mistyped_path_is_not_taken_for_a_hub_name(tmp_path, monkeypatch, name
 @pytest.mark.parametrize("name", ["checkpoints/ESFT-vanilla-lite", "checkpoints/Any"])
 def test_of_the_projects_own_checkpoints_is_said_how_to_get_them(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", asked)
+    monkeypatch.setattr(checkpoint_module.hub, "snapshot_download", asked)
     said = f"{name}: no such checkpoint .*, {tmp_path}; .* README.md say how to download it .*`.$"
     for _ in range(2):
         with pytest.raises(FileNotFoundError, match=said):
@@ -253,7 +253,7 @@ def test_of_the_projects_own_checkpoints_is_said_how_to_get_them(tmp_path, monke
 @pytest.mark.parametrize("name", ["demo/base", "configs/DeepSeek-V3"])
 def test_the_projects_own_paths_are_meant_from_its_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", asked)
+    monkeypatch.setattr(checkpoint_module.hub, "snapshot_download", asked)
     with pytest.raises(
         FileNotFoundError, match=f"{tmp_path}; it is in {ROOT}: run the command there$"
     ):

@@ -299,7 +299,7 @@ def test_rows_with_nothing_to_learn_are_left_out_and_long_samples_are_said(
         assert len(kept.tokens) == 4 and (kept.learned == 2).all()
         out = capsys.readouterr().out
         cut = sum(len(ids) - 32 for ids, _ in samples)
-        assert f"8 of 8 samples are longer than a row of 32 tokens; they lose {cut} at" in out
+        assert f"8 of 8 samples are longer than a row of 32 tokens; they lose {cut} of" in out
         assert f"{path}: 4 of 8 rows hold nothing to learn; left out" in out
     config.validation_data = str(tmp_path / "held.jsonl")
     (tmp_path / "held.jsonl").write_text(json.dumps(rows[1]))

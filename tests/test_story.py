@@ -137,9 +137,7 @@ def test_what_a_frozen_head_cannot_write_is_said(answer, changes, said, tmp_path
     out = capsys.readouterr().out
     assert ("the frozen head can hardly write" in out) == said
     if said:
-        tokenizer = load_tokenizer(config.model)
-        marks = tokenizer.inner.encode(" ñ", add_special_tokens=False).tokens
-        assert repr(marks[-1]) in out and "--non_expert_modules" in out
+        assert "can hardly write 'ñ', 'ú'" in out and "--non_expert_modules" in out
 
 
 # ------------------------------------------------------------------------------------------

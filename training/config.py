@@ -103,8 +103,9 @@ class TrainConfig(SelectionConfig):
             raise ValueError(f"compile is true; cannot be with {obstacle}")
         for entry in self.eval_sets:
             if entry.partition(":")[0] not in TASKS or ":" not in entry:
-                needed = f"must be TASK:FILE with a task of {', '.join(TASKS)}, unlike {entry!r}"
-                raise ValueError(f"eval_sets is {self.eval_sets}; each entry {needed}")
+                needed = f"must be TASK:FILE, as exact:FILE, unlike {entry!r}"
+                tasks = f"tasks are {', '.join(TASKS)}"
+                raise ValueError(f"eval_sets is {self.eval_sets}; each entry {needed}; {tasks}")
 
     def without_effect(self) -> dict[str, str]:
         """Returns the keys that another key leaves without effect, and the reason."""

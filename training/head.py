@@ -3,8 +3,9 @@ to tokens it never sees into one direction. Such tokens get the same logit, what
 learn."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from training.inputs import Inputs
 LIKELY = 0.1  # a token that the model gives this probability, on average, can be written
 ALIKE = 0.95  # the cosine of two rows of the head that point the same way
 MANY = 20  # so many such rows are no chance
+LOOKED_AT = 2**14  # tokens of the first step, at most
 MOST = 256  # tokens that are looked at, the most frequent ones
 
 
@@ -31,9 +33,11 @@ def say_what_cannot_be_learned(
     if "lm_head.weight" in trained:
         return
     numbers = rows_of_step(len(inputs.rows.tokens), config.batch_size, config.seed, 0)
-    losses, tokens = first_losses(config, model, inputs.rows.take(numbers), losses_of)
+    rows = inputs.rows.take(numbers[: max(LOOKED_AT // config.seq_length, 1)])
+    rows = Rows(*(column[:, :LOOKED_AT] for column in rows))
+    losses, tokens = first_losses(config, model, rows, losses_of)
     if found := alike_rows(model.lm_head.weight, unlikely(losses, tokens)):
-        names = [repr(inputs.tokenizer.inner.id_to_token(token)) for token in found]
+        names = named(found.keys(), tokens, inputs.tokenizer.inner)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         print(
             f"the frozen head can hardly write {', '.join(names[:8])}{more}, which stand in the "
@@ -41,6 +45,15 @@ def say_what_cannot_be_learned(
             "the same way, as pretraining never saw them. What helps: --non_expert_modules or "
             "--method full, which train the head, or other words in the answers"
         )
+
+
+def named(found: Set[int], tokens: Tensor, inner: tokenizers.Tokenizer) -> list[str]:
+    """Returns the texts of the tokens found. Of those that are parts of a character, the characters
+    of the answers, whose tokens are `tokens`, that have them."""
+    texts = [inner.decode([token]) for token in found]
+    answers = dict.fromkeys(inner.decode(tokens.tolist()))
+    parts = [c for c in answers if ord(c) > 127 and found & {*inner.encode(c).ids}]
+    return [repr(text) for text in [*parts, *(text for text in texts if "\ufffd" not in text)]]
 
 
 @torch.no_grad()

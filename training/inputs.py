@@ -72,7 +72,7 @@ def prepare_rows(
         cut = [len(ids) - config.seq_length for ids, _ in samples if len(ids) > config.seq_length]
         if cut:
             said = f"{path}: {len(cut):,} of {len(samples):,} samples are longer than a row of"
-            print(f"{said} {config.seq_length} tokens; they lose {sum(cut):,} at their beginning")
+            print(f"{said} {config.seq_length} tokens; they lose {sum(cut):,} of their first ones")
         ratio = ratio if tokenizer.bos_id is not None else 0.0  # what is dropped is the beginning
         sizes = config.seq_length, ratio, tokenizer.pad_id, config.seed
         rows = pack(samples, *sizes, document_mask=config.document_mask)

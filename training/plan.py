@@ -2,6 +2,7 @@
 rehearsal.py; which ranks there are comes from train_ep.py."""
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import cache
@@ -201,6 +202,8 @@ def plan(
     model_config = read_config(base, config.model_config)
     model_config.check_row(config.seq_length, "seq_length")
     expert_cfg, what = planned_experts(config, model_config)
+    said = f"rehearses steps of {model_config.num_hidden_layers} layers without data"
+    print(f"{said}: this takes seconds, or a minute or two with large models", file=sys.stderr)
     columns = rehearse(model_config, expert_cfg) if rehearse else [SingleProcess()]
     whole = build_model(model_config, "meta")
     total = sum(p.numel() for p in whole.parameters())

@@ -221,6 +221,12 @@ def print_results(config: TrainConfig, results: dict, reports: list[str]) -> Non
     share, minutes = trained / results["all_parameters"], results["seconds"] / 60
     print_heading("results")
     print("\n".join([*quality_lines(results), *answer_lines(config)]))
+    losses = [r["loss"] for r in read_metrics(output / "metrics.jsonl", results["steps"])]
+    part = max(len(losses) // 10, 1)
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    if len(losses) > 1 and last > 0.95 * first:
+        rate = f"a larger learning_rate than {results['learning_rate']:g}, or more steps, may help"
+        print(f"the training loss hardly fell, from {first:.3f} to {last:.3f}: {rate}")
     cost = f"adapter {size:.1f} MiB, {minutes:.1f} minutes"
     print(f"{results['method']}: trained {trained:,} parameters ({share:.1%}), {cost}")
     print(f"wrote {output}/: adapter/, {', '.join(reports)}, metrics.jsonl, eval/, results.json")
