@@ -37,7 +37,7 @@ def say_what_cannot_be_learned(
     rows = Rows(*(column[:, :LOOKED_AT] for column in rows))
     losses, tokens = first_losses(config, model, rows, losses_of)
     if found := alike_rows(model.lm_head.weight, unlikely(losses, tokens)):
-        names = named(found.keys(), tokens, inputs.tokenizer.inner)
+        names = named(found.keys(), tokens, inputs.tokenizer.inner) or ["parts of characters"]
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         print(
             f"the frozen head can hardly write {', '.join(names[:8])}{more}, which stand in the "
