@@ -167,7 +167,8 @@ def means(evaluations: dict) -> dict[str, float]:
 def leave_nothing(config: TrainConfig) -> None:
     """Frees what a run left in this process, so that the next one is as if it were alone."""
     gc.collect()  # a model may hold itself in a circle
-    torch.compiler.reset()  # graphs of the model
+    if config.compile:
+        torch.compiler.reset()  # graphs of the model
     if config.device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(config.device)
