@@ -212,7 +212,7 @@ def no_figure(entries: list[str]) -> str:
     if len(set(map(is_loss, entries[1:]))) > 1:
         return "losses and scores have no common mean"
     if importlib.util.find_spec("matplotlib") is None:
-        return "pip install matplotlib, and run the same command again"
+        return "pip install matplotlib, and run the command again without --overwrite"
     return ""
 
 
@@ -277,6 +277,7 @@ def run(arguments: argparse.Namespace) -> None:
     words = ["--model", config.model, "--adapter"]
     words += [f"{config.output_dir}/adapter" for config in configs.values()]
     words += ["--model_config", *config.model_config] if config.model_config else []
+    words += ["--chat_format", config.chat_format] if config.chat_format else []
     print(f"next: python generate.py {shlex.join(words)}    # talk to all of them")
 
 

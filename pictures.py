@@ -4,6 +4,7 @@ Scores = dict[str, dict[str, dict[str, float]]]  # as in a score file
 Experts = dict[str, list[int]]  # layer -> the selected experts
 
 SHADES = " ░▒▓█"
+WIDTH = 64  # experts in a line of text
 
 
 def score_rows(scores: Scores, score: str) -> tuple[list[str], list[list[float]]]:
@@ -14,17 +15,20 @@ def score_rows(scores: Scores, score: str) -> tuple[list[str], list[list[float]]
 
 
 def heat_map_text(scores: Scores, score: str, experts: Experts) -> str:
-    """Returns a heat map in blocks of text. A line is a layer, a column an expert. Below a layer
-    with selected experts, they are marked."""
+    """Returns a heat map in blocks of text. A line is a layer, or 64 experts of it; a column is an
+    expert. Below a line with selected experts, they are marked."""
     layers, rows = score_rows(scores, score)
     highest = max(map(max, rows)) or 1.0
     said = f"{score} scores of {len(rows[0])} experts, from 0 to █ {highest:.3f}"
     lines = [f"{said}{'; ^ selected' if any(experts.values()) else ''}", "layer"]
     for layer, row in zip(layers, rows):
-        shades = (SHADES[round(value / highest * (len(SHADES) - 1))] for value in row)
-        lines.append(f"{layer:>5} {''.join(shades)}")
-        if chosen := experts.get(layer):
-            lines.append(" " * 6 + "".join("^" if e in chosen else " " for e in range(len(row))))
+        shades = [SHADES[round(value / highest * (len(SHADES) - 1))] for value in row]
+        marks = ["^" if e in experts.get(layer, []) else " " for e in range(len(row))]
+        for first in range(0, len(row), WIDTH):
+            label = layer if first == 0 else f"+{first}"
+            lines.append(f"{label:>5} {''.join(shades[first : first + WIDTH])}")
+            if "^" in marks[first : first + WIDTH]:
+                lines.append(" " * 6 + "".join(marks[first : first + WIDTH]))
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -22,6 +22,10 @@ def test_a_heat_map_in_text_by_hand():
         "   10  █░",
     ]
     assert "selected" not in heat_map_text(SCORES, "token", {})
+    many = {"token_scores": {"1": {str(e): e / 200 for e in range(130)}}}
+    lines = heat_map_text(many, "token", {"1": [63, 65]}).split("\n")[2:]
+    assert [line[:6] for line in lines] == ["    1 ", "      ", "  +64 ", "      ", " +128 "]
+    assert lines[1].index("^") == 6 + 63 and lines[3].index("^") == 6 + 1 and lines[4][6:] == "██"
     zero = {"token_scores": {"1": {"0": 0.0, "1": 0.0}}}
     assert heat_map_text(zero, "token", {}).endswith("\n    1")
 

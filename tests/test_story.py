@@ -74,7 +74,7 @@ def test_what_is_learned_and_forgotten():
     cases = {
         "exact:a.jsonl": (*result(0.1, 0.4, "accuracy"), "learned"),
         "exact:b.jsonl": (*result(0.4, 0.1, "accuracy"), "forgotten"),
-        "exact:c.jsonl": (*result(0.4, 0.4, "accuracy"), "as before"),
+        "exact:c.jsonl": (*result(0.4, 0.4001, "accuracy"), "as before"),
         "loss:d.jsonl": (*result(2.0, 1.0, "loss"), "learned"),  # less is better
         "law:e.jsonl": (*result(1.0, 2.0, "reference loss"), "forgotten"),
     }
@@ -125,6 +125,7 @@ def test_losses_of_the_first_step_stand_beside_their_labels():
     [
         ("ñandú ñandú", {}, True),
         ("cow dog", {}, False),
+        ("ñandú ñandú", {"method": "lora"}, True),
         ("ñandú ñandú", {"method": "full"}, False),
         ("ñandú ñandú", {"non_expert_modules": True}, False),
     ],
@@ -137,7 +138,8 @@ def test_what_a_frozen_head_cannot_write_is_said(answer, changes, said, tmp_path
     out = capsys.readouterr().out
     assert ("the frozen head can hardly write" in out) == said
     if said:
-        assert "can hardly write 'ñ', 'ú'" in out and "--non_expert_modules" in out
+        assert "can hardly write 'ñ', 'ú'" in out and "--method full" in out
+        assert ("--non_expert_modules" in out) == (changes == {})
 
 
 # ------------------------------------------------------------------------------------------

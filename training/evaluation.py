@@ -51,7 +51,7 @@ def quality_lines(results: dict) -> list[str]:
     for entry, before in results["before"].items():
         task, _, path = entry.partition(":")
         after = results["after"][entry]
-        better = after["mean"] - before["mean"]
+        better = round(after["mean"], 3) - round(before["mean"], 3)  # as they are shown
         if "loss" in before.get("metric", ""):  # older runs do not say it
             better = -better
         said = "learned" if better > 0 else "forgotten" if better < 0 else "as before"

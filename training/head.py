@@ -38,12 +38,15 @@ def say_what_cannot_be_learned(
     losses, tokens = first_losses(config, model, rows, losses_of)
     if found := alike_rows(model.lm_head.weight, unlikely(losses, tokens)):
         names = named(found.keys(), tokens, inputs.tokenizer.inner) or ["parts of characters"]
+        keys = "--method full"
+        if "non_expert_modules" not in config.without_effect():
+            keys = f"--non_expert_modules or {keys}"
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         print(
             f"the frozen head can hardly write {', '.join(names[:8])}{more}, which stand in the "
             f"first step's answers: its rows of up to {max(found.values()):,} other tokens point "
-            "the same way, as pretraining never saw them. What helps: --non_expert_modules or "
-            "--method full, which train the head, or other words in the answers"
+            f"the same way, as pretraining never saw them. What helps: {keys}, which "
+            "trains the head, in another output_dir; or other words in the answers"
         )
 
 

@@ -135,7 +135,8 @@ def report(config: TrainConfig) -> list[str]:
     write_text(output / "report.txt", report_text(config, results, metrics, scores, experts))
     if importlib.util.find_spec("matplotlib") is None:
         print(f"\n{heat_map_text(scores[0], config.score, experts)}")
-        print("for a picture: pip install matplotlib, and run the same command again")
+        again = "the same command without --overwrite" if config.overwrite else "the same command"
+        print(f"for a picture: pip install matplotlib, and run {again} again")
         return ["report.txt"]
     draw_report(config, metrics, scores, experts, output / "report.png")
     return ["report.txt", "report.png"]
@@ -232,6 +233,7 @@ def print_results(config: TrainConfig, results: dict, reports: list[str]) -> Non
     print(f"wrote {output}/: adapter/, {', '.join(reports)}, metrics.jsonl, eval/, results.json")
     changes = ["--model_config", *config.model_config] if config.model_config else []
     files = shlex.join(["--model", config.model, "--adapter", f"{output}/adapter", *changes])
-    print(f"next: python generate.py {files}    # talk to it")
+    form = f" --chat_format {config.chat_format}" if config.chat_format else ""
+    print(f"next: python generate.py {files}{form}    # talk to it")
     print(f"      {output}/{reports[-1]}    # look at it")
     print(f"      python merge.py {files} --output MERGED    # for other programs")
