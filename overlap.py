@@ -106,6 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
     files, top = arguments.files, arguments.top
     if len(files) < 2:
         raise ValueError("at least two files are required, one a task")
+    if arguments.score != "token" and not top:
+        raise ValueError(f"--score is {arguments.score}; no effect without --top")
     if top < 0:
         raise ValueError(f"--top is {top}; a number of experts is required")
     if arguments.plot:

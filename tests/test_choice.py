@@ -4,6 +4,7 @@ likelihoods become scores."""
 import json
 
 import pytest
+import torch
 from published_rows import (
     ARC_FILE,
     ARC_HUB,
@@ -19,6 +20,7 @@ from published_rows import (
     write_rows,
 )
 
+from checkpoint import load_model
 from data import load_tokenizer
 from eval import rescore
 from families import read_config
@@ -369,3 +371,6 @@ def test_prompts_longer_than_the_context_are_counted(checkpoint, capsys):
         wanted = f"q.jsonl: {said} prompts are longer than the {context} tokens of max_position_"
         printed = capsys.readouterr().out
         assert printed.startswith(wanted) if said else not printed
+    model = load_model(checkpoint, dtype=torch.float32)  # they are answered all the same
+    answered = list(TASKS["choice"].predict(model, Ask(tokenizer, False, 20), examples, 0))
+    assert [len(e["loglikelihoods"]) for _, e in answered] == [2, 2, 2]

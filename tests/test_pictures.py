@@ -74,6 +74,11 @@ def test_experts_that_tasks_share_by_hand(tmp_path, monkeypatch, capsys):
         ('{"token_scores": {}}', [], "b.json: field experts must be"),
         ("[]", [], "b.json: field experts must be"),
         ('{"experts": {"1": [1]}}', ["--top", "-1"], "--top is -1; a number of experts"),
+        (
+            '{"experts": {"1": [1]}}',
+            ["--score", "gate"],
+            "--score is gate; no effect without --top",
+        ),
         ('{"experts": {"1": [1]}}', ["--top", "1"], "a.json: field token_scores must be"),
     ],
 )

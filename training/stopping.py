@@ -111,7 +111,7 @@ def signals_noted(ranks: SingleProcess) -> Iterator[Callable[[], str | None]]:
             if count == 1:
                 say(b"\nfinishes the step, then writes a checkpoint; again: stops at once\n")
             elif count == 2 and not ended.wait(PATIENCE):
-                say(b"\nstopped within a step; the same command goes on\n")
+                say(b"\nstopped within a step; its checkpoints are kept\n")
                 os._exit(130)
         os.close(numbers)
 
