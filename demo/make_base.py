@@ -64,6 +64,26 @@ CONFIG = {
 }
 
 
+def write_base(output: Path, changes: dict, seed: int) -> int:
+    """Writes a base of CONFIG with changes, and the demo's tokenizer. Returns its parameters."""
+    config = CONFIG | changes
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "config.json", config, indent=2)
+    model = build_model(read_config(output))
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.ones_like(p)
+        if "norm" in name
+        else (torch.randn(p.shape, generator=draw) * config["initializer_range"]).to(p.dtype)
+        for name, p in model.named_parameters()
+    }
+    with replacing(output / "model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / "base" / name, output / name)
+    return sum(t.numel() for t in tensors.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,22 +93,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     args = parser.parse_args()
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", CONFIG, indent=2)
-    model = build_model(read_config(output))
-    draw = torch.Generator().manual_seed(args.seed)
-    tensors = {
-        name: torch.ones_like(p)
-        if "norm" in name
-        else (torch.randn(p.shape, generator=draw) * CONFIG["initializer_range"]).to(p.dtype)
-        for name, p in model.named_parameters()
-    }
-    with replacing(output / "model.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO / "base" / name, output / name)
-    print(f"wrote {output}: {sum(t.numel() for t in tensors.values()):,} random weights")
+    count = write_base(Path(args.output), {}, args.seed)
+    print(f"wrote {args.output}: {count:,} random weights")
     print("next: python train.py --config demo/pretrain.toml")
 
 

@@ -1,0 +1,508 @@
+"""Does ESFT forget less? Bases of three sizes from nothing, adapted to tasks by every method.
+
+    python benchmarks/study.py --sizes 4M 26M 118M --device cuda --jobs 6
+    python benchmarks/study.py --report         # the table and the figure of what was measured
+    python benchmarks/study.py --tiny           # the same code on a CPU, in seconds
+
+A size is a base that is pretrained on demo/make_data.py's ten skills, and then adapted to each task
+by each method: at four learning rates on the validation files, and then with three seeds at the
+chosen rate on the test files. Everything is kept in --work. The same command goes on where one was
+stopped, and does nothing twice. Results are in benchmarks/results/study_SIZE.json.
+
+The rule for the learning rate, the same for every method: of the rates whose task score is within
+0.02 of the method's best, the one with the best general score. Scores are exact match (intent: its
+own score) of greedy answers. "general" is the mean over the ten skills. "rivals" are those of them
+whose inputs or whose answers' format the task shares.
+
+A selection beats ESFT-Token's at the same number of parameters if, on most pairs of size and task,
+its task score is at most 0.02 lower and its general score is higher by more than the two standard
+deviations together, and on no pair it is lower by as much."""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
+
+from make_base import CONFIG, write_base  # noqa: E402
+from make_data import main as make_data  # noqa: E402
+from study_report import best, of, report  # noqa: E402
+
+from adapter import load_adapter, mark_trainable  # noqa: E402
+from chat import load_tokenizer  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from compare import leave_nothing  # noqa: E402
+from data import IGNORE, encode_file, pack, sample_tokens  # noqa: E402
+from files import read_json, write_json  # noqa: E402
+from merge import merge  # noqa: E402
+from model import token_losses  # noqa: E402
+from overlap import shared, top_experts  # noqa: E402
+from pictures import Experts  # noqa: E402
+from select_experts import (  # noqa: E402
+    SelectionConfig,
+    choose,
+    collect_scores,
+    scoring_batches,
+    select,
+)
+from tasks import answer_file, score  # noqa: E402
+from train import train  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+# Changes to the demo's base, steps of pretraining, and its learning rate.
+SIZES = {
+    "4M": ({}, 1800, 3e-3),
+    "26M": (
+        {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "moe_intermediate_size": 64,
+            "num_hidden_layers": 8,
+            "initializer_range": 0.035,
+        },
+        2400,
+        2e-3,
+    ),
+    "118M": (
+        {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "moe_intermediate_size": 96,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "kv_lora_rank": 128,
+            "initializer_range": 0.025,
+        },
+        3000,
+        1e-3,
+    ),
+    "tiny": (
+        {"hidden_size": 16, "num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 2048},
+        2,
+        1e-3,
+    ),
+}
+TASKS = {"intent": "intent", "order": "exact", "sum": "exact"}  # task -> metric of eval.py
+SELECTED = ("token", "gate", "random", "lowest", "even", "gradient", "relative")
+# Learning rates of the 4M base; others take them times 128 / hidden_size.
+RATES = dict.fromkeys(SELECTED, (1e-3, 2e-3, 4e-3, 8e-3)) | {
+    "lora": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "full": (5e-5, 1e-4, 2e-4, 4e-4),
+}
+STEPS, BATCH, ROW = 125, 16, 256
+EARLY = (STEPS // 8, STEPS // 4, STEPS // 2)  # lengths of full fine-tuning that ends early
+SEEDS = range(3)
+SAMPLE_TOKENS = 2**15  # to score experts on
+ANSWER_TOKENS = 48  # in the longest completion
+
+
+class Study:
+    """One size of the study, in a folder of its own. It goes to other processes as it is."""
+
+    def __init__(self, size: str, args: argparse.Namespace):
+        self.size, self.device, self.seed = size, args.device, args.base_seed
+        self.tiny = size == "tiny"
+        self.folder = Path(args.work, size)
+        self.base = self.folder / "base"
+        self.changes, self.pretrain_steps, self.pretrain_rate = SIZES[size]
+        self.steps = 2 if self.tiny else STEPS
+        self.early = (1,) if self.tiny else EARLY
+        self.seeds = SEEDS[:1] if self.tiny else SEEDS
+        self.answer_tokens = 2 if self.tiny else ANSWER_TOKENS
+
+    def file(self, name: str) -> Path:
+        """Returns a file of demo/data; its first rows, if tiny."""
+        path = ROOT / "demo" / "data" / f"{name}.jsonl"
+        if not self.tiny:
+            return path
+        short = self.folder / path.name
+        if not short.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            short.write_text("".join(lines[:: len(lines) // 40]), encoding="utf-8")
+        return short
+
+    def pretraining_file(self, name: str) -> Path:
+        return self.file("sum_train") if self.tiny else ROOT / f"demo/pretrain/{name}.jsonl"
+
+    def rates(self, method: str) -> list[float]:
+        scale = CONFIG["hidden_size"] / self.changes.get("hidden_size", CONFIG["hidden_size"])
+        return [rate * scale for rate in RATES[method][: 1 if self.tiny else None]]
+
+
+# ------------------------------------------------------------------------------------------
+# What runs in a process of its own
+
+
+def quietly(function: Callable, study: Study, job: dict) -> dict:
+    """Calls function(study, job), on one core, with what it prints in a log."""
+    torch.set_num_threads(1)
+    name = "-".join(map(str, [function.__name__, *job.values()]))
+    log = study.folder / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            return function(study, job)
+    except Exception as error:
+        raise RuntimeError(f"{name}: {error}; see {log}") from error
+
+
+def run(study: Study, output: Path, **keys) -> dict:
+    """Returns the results of a finished run of train.py, whose checkpoints are then deleted."""
+    config = TrainConfig(
+        output_dir=str(output),
+        device=study.device,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        save_steps=10**6,
+        **keys,
+    )
+    config.check()
+    results = train(config)
+    leave_nothing(config)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return results
+
+
+def pretrain(study: Study, job: dict) -> dict:
+    write_base(study.folder / "init", study.changes, study.seed)
+    results = run(
+        study,
+        study.folder / "pretraining",
+        model=str(study.folder / "init"),
+        data=str(study.pretraining_file("train")),
+        validation_data=str(study.pretraining_file("valid")),
+        method="full",
+        seq_length=512,
+        batch_size=4 if study.tiny else 64,
+        steps=study.pretrain_steps,
+        learning_rate=study.pretrain_rate,
+        warmup_steps=1 if study.tiny else 100,
+        schedule="cosine",
+        eval_steps=600,
+        log_steps=100,
+        compile=study.device == "cuda",
+        seed=study.seed,
+    )
+    shutil.rmtree(study.base, ignore_errors=True)
+    merge(study.folder / "init", study.folder / "pretraining" / "adapter", study.base)
+    kept = ("steps", "learning_rate", "best_validation_loss", "all_parameters", "seconds")
+    return job | {name: results[name] for name in kept}
+
+
+def adapt(study: Study, job: dict) -> dict:
+    """Trains a job's method on its task, and evaluates it on the files of its part."""
+    task, method = job["task"], job["method"]
+    name = f"{task}-{method}-{job['learning_rate']:g}-{job['steps']}-{job['seed']}"
+    keys = {"method": {"lora": "lora", "full": "full", "early": "full"}.get(method, "esft")}
+    if keys["method"] == "esft":
+        keys["expert_config"] = str(selection_folder(study, task, job["seed"]) / f"{method}.json")
+    results = run(
+        study,
+        study.folder / "runs" / name,
+        model=str(study.base),
+        data=str(study.file(f"{task}_train")),
+        validation_fraction=0.0,
+        seq_length=ROW,
+        batch_size=BATCH,
+        steps=job["steps"],
+        learning_rate=job["learning_rate"],
+        warmup_steps=max(1, job["steps"] // 25),
+        schedule="linear",
+        seed=job["seed"],
+        **keys,
+    )
+    kept = ("trained_parameters", "all_parameters", "adapter_bytes", "seconds")
+    scores = evaluate(study, task, job["part"], study.folder / "runs" / name / "adapter")
+    return job | {key: results[key] for key in kept} | scores
+
+
+def evaluate(study: Study, task: str, part: str, adapter: Path | None = None) -> dict:
+    """Returns the scores of the base, or of an adapter on it, on a task and on each skill."""
+    model = load_model(study.base, study.device, choose_dtype(study))
+    if adapter:
+        load_adapter(model, adapter)
+    tokenizer, means = load_tokenizer(study.base), []
+    for metric, name in ((TASKS[task], task), ("exact", "general")):
+        path = study.file(f"{name}_{part}")
+        examples = answer_file(model, tokenizer, metric, path, study.answer_tokens)
+        means.append([record["score"] for record in score(metric, examples).records])
+    skills: dict[str, list[float]] = {}
+    rows = study.file(f"general_{part}").read_text(encoding="utf-8").splitlines()
+    for row, value in zip(rows, means[1], strict=True):
+        skills.setdefault(json.loads(row)["skill"], []).append(value)
+    return {
+        "task_score": statistics.fmean(means[0]),
+        "general_score": statistics.fmean(means[1]),
+        "skills": {skill: statistics.fmean(values) for skill, values in skills.items()},
+    }
+
+
+def choose_dtype(study: Study) -> torch.dtype:
+    return torch.bfloat16 if study.device == "cuda" else torch.float32
+
+
+# ------------------------------------------------------------------------------------------
+# Selections
+
+
+def selection_folder(study: Study, task: str, seed: int) -> Path:
+    return study.folder / "selections" / f"{task}-{seed}"
+
+
+def make_selections(study: Study, job: dict) -> dict:
+    """Writes what each method of SELECTED selects for a task, and the scores of the experts."""
+    folder = selection_folder(study, job["task"], job["seed"])
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_model(study.base, study.device, torch.float32, experts="loop")
+    tokenizer, scores, samples = load_tokenizer(study.base), [], []
+    files = study.file(f"{job['task']}_train"), study.pretraining_file("valid")
+    for path in files:
+        samples.append(encode_file(path, tokenizer))
+        sequences = sample_tokens(samples[-1], SAMPLE_TOKENS, ROW, job["seed"])
+        scores.append(collect_scores(model, scoring_batches(sequences, tokenizer.pad_id)))
+    write_json(folder / "task.scores.json", scores[0])
+    write_json(folder / "general.scores.json", scores[1])
+    random.Random(job["seed"]).shuffle(samples[0])
+    rows = pack(samples[0], ROW, 0.0, tokenizer.pad_id, job["seed"])
+    importance = gradient_importance(model, rows.take(slice(0, SAMPLE_TOKENS // ROW)))
+    chosen = selections(*scores, importance, job["seed"])
+    for method, experts in chosen.items():
+        config = {"experts": experts, "shared_experts": False, "non_expert_modules": False}
+        write_json(folder / f"{method}.json", config)
+    return job | {"experts": chosen}
+
+
+def gradient_importance(model, rows) -> dict[str, dict[str, float]]:
+    """Returns the mean over micro-batches of |sum of gradient * weight| over an expert's weights:
+    the first-order estimate of how much the loss changes without the expert (Molchanov et al.,
+    arXiv 1906.10771, eq. 5, for groups of weights)."""
+    layers, E = model.config.moe_layers, model.config.n_routed_experts
+    all_experts = {str(layer): list(range(E)) for layer in layers}
+    mark_trainable(model, {"experts": all_experts})
+    totals = {str(layer): dict.fromkeys(map(str, range(E)), 0.0) for layer in layers}
+    for part in rows.split(BATCH):
+        tokens = part.tokens.to(model.lm_head.weight.device)
+        token_losses(model, tokens, part.labels)[0].mean().backward()
+        for layer, of_experts in totals.items():
+            for expert in of_experts:
+                weights = model.model.layers[int(layer)].mlp.experts[int(expert)].parameters()
+                products = [(w.grad * w.detach()).sum() for w in weights if w.grad is not None]
+                of_experts[expert] += abs(float(sum(products)))
+        model.zero_grad(set_to_none=True)
+    return totals
+
+
+def selections(task: dict, general: dict, importance: dict, seed: int) -> dict[str, Experts]:
+    """Returns method -> experts. All but gate have as many as token has, in all or in each layer."""
+    by_token, by_gate = task["token_scores"], task["gate_scores"]
+    token = select(task, "token", 0.2)
+    counts = {layer: len(experts) for layer, experts in token.items()}
+    control = partial(SelectionConfig, score="token", top_p=0.2, seed=seed)
+    relative = {
+        layer: {e: value - general["gate_scores"][layer][e] for e, value in values.items()}
+        for layer, values in by_gate.items()
+    }
+    return {
+        "token": token,
+        "gate": select(task, "gate", 0.1),
+        "random": choose(task, control(selection="random"))["experts"],
+        "lowest": choose(task, control(selection="lowest"))["experts"],
+        "even": highest(by_token, even_counts(by_token, sum(counts.values()))),
+        "gradient": highest(importance, counts),
+        "relative": highest(relative, counts),
+    }
+
+
+def highest(values: dict[str, dict[str, float]], counts: dict[str, int]) -> Experts:
+    """Returns the `counts[layer]` experts of the highest value of each layer."""
+    return {
+        layer: [int(e) for e in sorted(of, key=lambda e: (-of[e], int(e)))[: counts[layer]]]
+        for layer, of in values.items()
+    }
+
+
+def even_counts(scores: dict[str, dict[str, float]], total: int) -> dict[str, int]:
+    """Returns the same number for every layer. What is left of `total` goes to the layers whose
+    next expert has the highest score."""
+    each, left = divmod(total, len(scores))
+    following = {layer: sorted(of.values(), reverse=True)[each] for layer, of in scores.items()}
+    more = sorted(scores, key=lambda layer: (-following[layer], int(layer)))[:left]
+    return {layer: each + (layer in more) for layer in scores}
+
+
+def routing(study: Study) -> dict:
+    """Returns, of seed 0, how many of their 6 most used experts of a layer two tasks share, and
+    what part of a task's tokens goes to these 6."""
+    folders = {task: selection_folder(study, task, 0) for task in TASKS}
+    files = {task: folder / "task.scores.json" for task, folder in folders.items()}
+    files["general"] = folders["intent"] / "general.scores.json"
+    files = {name: path for name, path in files.items() if path.exists()}
+    top = {name: top_experts(str(path), 6, "token") for name, path in files.items()}
+    held = {}
+    for name, path in files.items():
+        layers = read_json(path)["token_scores"]
+        of_layers = [sum(layers[i][str(e)] for e in chosen) for i, chosen in top[name].items()]
+        held[name] = statistics.fmean(of_layers)
+    pairs = combinations_with_replacement(files, 2)
+    return {
+        "shared_of_6": {f"{one} {other}": shared(top[one], top[other]) for one, other in pairs},
+        "share_of_tokens_of_6": held,
+    }
+
+
+# ------------------------------------------------------------------------------------------
+# A size from nothing to its results
+
+
+class Progress:
+    """The results of a size, in a file, and the processes (or None) that add to them."""
+
+    def __init__(self, study: Study, path: Path, pool: ProcessPoolExecutor | None):
+        self.study, self.path, self.pool = study, path, pool
+        self.results = read_json(path) if path.exists() else {"size": study.size, "stages": {}}
+
+    def do(self, stage: str, function: Callable, jobs: Iterable[dict]) -> list[dict]:
+        """Returns the entries of all jobs. Those that the file has not are done, and added."""
+        jobs, entries = list(jobs), self.results.setdefault(stage, [])
+        todo = [job for job in jobs if not of(entries, **job)]
+        begun = time.perf_counter()
+        for entry in tqdm(self.outcomes(function, todo), stage, len(todo), unit="run"):
+            entries.append(entry)
+            self.save()
+        if todo:
+            spent = self.results["stages"].setdefault(stage, 0.0) + time.perf_counter() - begun
+            self.results["stages"][stage] = round(spent, 1)
+            self.save()
+        return [of(entries, **job)[0] for job in jobs]
+
+    def outcomes(self, function: Callable, jobs: list[dict]) -> Iterable[dict]:
+        calls = [partial(quietly, function, self.study, job) for job in jobs]
+        if self.pool is None:
+            return (call() for call in calls)
+        return (f.result() for f in as_completed([self.pool.submit(call) for call in calls]))
+
+    def save(self) -> None:
+        write_json(self.path, self.results, indent=1)
+
+
+def run_size(progress: Progress, tasks: list[str], methods: list[str]) -> None:
+    """Pretrains, scores, selects, tunes and tests one size."""
+    study = progress.study
+    progress.results["device"] = study.device
+    if study.device == "cuda":
+        progress.results["device"] = torch.cuda.get_device_name()
+    (base,) = progress.do("pretraining", pretrain, [{"seed": study.seed}])
+    before = [{"task": task, "part": part} for task in tasks for part in ("valid", "test")]
+    progress.do("before", evaluate_base, before)
+    scored = [{"task": task, "seed": seed} for task in tasks for seed in study.seeds]
+    progress.do("selections", make_selections, scored)
+    progress.results["routing"] = routing(study)
+
+    def jobs_of(task: str, method: str, rates: Iterable, seeds: Iterable, part: str) -> list[dict]:
+        return [
+            {
+                "task": task,
+                "method": method,
+                "learning_rate": rate,
+                "steps": steps,
+                "seed": seed,
+                "part": part,
+            }
+            for rate, steps in rates
+            for seed in seeds
+        ]
+
+    def pairs(method: str) -> list[tuple[float, int]]:
+        return [(rate, study.steps) for rate in study.rates(method)]
+
+    rated = [method for method in methods if method != "early"]
+    tuning = [jobs_of(t, m, pairs(m), [0], "valid") for m in reversed(rated) for t in tasks]
+    tuned = progress.do("tuning", adapt, sum(tuning, []))
+    chosen = {(t, m): best(of(tuned, task=t, method=m)) for t in tasks for m in rated}
+    if "early" in methods:
+        lengths = {task: [(chosen[task, "full"][0], n) for n in study.early] for task in tasks}
+        tuning = [jobs_of(t, "early", lengths[t], [0], "valid") for t in tasks]
+        tuned = progress.do("tuning", adapt, sum(tuning, []))
+        for task in tasks:
+            (token,) = of(
+                progress.results["tuning"],
+                task=task,
+                method="token",
+                learning_rate=chosen[task, "token"][0],
+            )
+            runs = of(tuned, task=task)
+            chosen[task, "early"] = best(runs, least=token["task_score"])
+    testing = [
+        jobs_of(task, method, [pair], study.seeds, "test")
+        for (task, method), pair in reversed(chosen.items())
+    ]
+    progress.do("testing", adapt, sum(testing, []))
+    print(f"wrote {progress.path}, of a base of {base['all_parameters']:,} parameters", flush=True)
+
+
+def evaluate_base(study: Study, job: dict) -> dict:
+    return job | evaluate(study, **job)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    sizes, methods = [size for size in SIZES if size != "tiny"], [*RATES, "early"]
+    add("--sizes", nargs="+", choices=sizes, default=sizes[:1], help="(default: 4M)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all three)")
+    add("--methods", nargs="+", choices=methods, default=methods, help="(default: all)")
+    add("--work", default="runs/study", help="folder for bases and runs (default: runs/study)")
+    add("--results", default=str(RESULTS), help="folder of study_SIZE.json")
+    add("--base_seed", type=int, default=0, help="seed of pretraining (default: 0)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
+    add("--jobs", type=int, default=1, help="runs at the same time, one core each")
+    add("--report", action="store_true", help="only write the table and the figure again")
+    add("--tiny", action="store_true", help="a base of two layers, in a scratch folder")
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if args.tiny:
+            args.sizes, args.tasks = ["tiny"], args.tasks[:1]
+            args.work = args.results = stack.enter_context(tempfile.TemporaryDirectory())
+        if not args.report:
+            # A run that would give other bits, were it alone, could not be repeated.
+            os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+            if not args.tiny and not (ROOT / "demo/pretrain/train.jsonl").exists():
+                sys.argv = ["make_data.py", "--pretrain", "1000000"]
+                make_data()
+            pool = None
+            if args.jobs > 1:
+                spawn = multiprocessing.get_context("spawn")
+                pool = ProcessPoolExecutor(args.jobs, spawn)
+                stack.callback(pool.shutdown, cancel_futures=True)
+            for size in args.sizes:
+                study = Study(size, args)
+                study.folder.mkdir(parents=True, exist_ok=True)
+                path = Path(args.results, f"study_{size}.json")
+                run_size(Progress(study, path, pool), args.tasks, args.methods)
+        written = report(Path(args.results), [*sizes, "tiny"])
+    print(json.dumps({"benchmark": "study", "sizes": args.sizes, "wrote": written}))
+
+
+if __name__ == "__main__":
+    main()
