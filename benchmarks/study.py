@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, islice
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
 from make_base import CONFIG, write_base  # noqa: E402
-from make_data import main as make_data  # noqa: E402
+from make_data import draw_mixture, make_world, train_row  # noqa: E402
 from study_report import best, of, report  # noqa: E402
 
 from adapter import load_adapter, mark_trainable  # noqa: E402
@@ -50,7 +50,7 @@ from chat import load_tokenizer  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from compare import leave_nothing  # noqa: E402
 from data import IGNORE, encode_file, pack, sample_tokens  # noqa: E402
-from files import read_json, write_json  # noqa: E402
+from files import read_json, write_json, write_lines  # noqa: E402
 from merge import merge  # noqa: E402
 from model import token_losses  # noqa: E402
 from overlap import shared, top_experts  # noqa: E402
@@ -78,7 +78,7 @@ SIZES = {
             "num_hidden_layers": 8,
             "initializer_range": 0.035,
         },
-        2400,
+        2000,
         2e-3,
     ),
     "118M": (
@@ -92,7 +92,7 @@ SIZES = {
             "kv_lora_rank": 128,
             "initializer_range": 0.025,
         },
-        3000,
+        2200,
         1e-3,
     ),
     "tiny": (
@@ -108,6 +108,7 @@ RATES = dict.fromkeys(SELECTED, (1e-3, 2e-3, 4e-3, 8e-3)) | {
     "lora": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "full": (5e-5, 1e-4, 2e-4, 4e-4),
 }
+MIXTURE_ROWS = {"train": 400_000, "valid": 1000}
 STEPS, BATCH, ROW = 125, 16, 256
 EARLY = (STEPS // 8, STEPS // 4, STEPS // 2)  # lengths of full fine-tuning that ends early
 SEEDS = range(3)
@@ -124,6 +125,7 @@ class Study:
         self.folder = Path(args.work, size)
         self.base = self.folder / "base"
         self.changes, self.pretrain_steps, self.pretrain_rate = SIZES[size]
+        self.mixture_rows = {"train": 200, "valid": 50} if self.tiny else MIXTURE_ROWS
         self.steps = 2 if self.tiny else STEPS
         self.early = (1,) if self.tiny else EARLY
         self.seeds = SEEDS[:1] if self.tiny else SEEDS
@@ -140,8 +142,13 @@ class Study:
             short.write_text("".join(lines[:: len(lines) // 40]), encoding="utf-8")
         return short
 
-    def pretraining_file(self, name: str) -> Path:
-        return self.file("sum_train") if self.tiny else ROOT / f"demo/pretrain/{name}.jsonl"
+    def mixture(self, split: str) -> Path:
+        """Returns a file with rows of the ten skills, to pretrain on or to validate."""
+        path = self.folder.parent / f"mixture_{split}.jsonl"
+        if not path.exists():
+            rows = islice(draw_mixture(split, 0, make_world(0)), self.mixture_rows[split])
+            write_lines(path, (train_row(*pair) for pair in rows))
+        return path
 
     def rates(self, method: str) -> list[float]:
         scale = CONFIG["hidden_size"] / self.changes.get("hidden_size", CONFIG["hidden_size"])
@@ -159,7 +166,10 @@ def quietly(function: Callable, study: Study, job: dict) -> dict:
     log = study.folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        with (
+            open(log, "a", buffering=1, encoding="utf-8") as file,
+            contextlib.redirect_stdout(file),
+        ):
             return function(study, job)
     except Exception as error:
         raise RuntimeError(f"{name}: {error}; see {log}") from error
@@ -487,9 +497,6 @@ def main() -> None:
         if not args.report:
             # A run that would give other bits, were it alone, could not be repeated.
             os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-            if not args.tiny and not (ROOT / "demo/pretrain/train.jsonl").exists():
-                sys.argv = ["make_data.py", "--pretrain", "1000000"]
-                make_data()
             pool = None
             if args.jobs > 1:
                 spawn = multiprocessing.get_context("spawn")
