@@ -109,7 +109,7 @@ RATES = dict.fromkeys(SELECTED, (1e-3, 2e-3, 4e-3, 8e-3)) | {
     "full": (5e-5, 1e-4, 2e-4, 4e-4),
 }
 MIXTURE_ROWS = {"train": 400_000, "valid": 1000}
-STEPS, BATCH, ROW = 125, 16, 256
+STEPS, BATCH, ROW = 200, 16, 256
 EARLY = (STEPS // 8, STEPS // 4, STEPS // 2)  # lengths of full fine-tuning that ends early
 SEEDS = range(3)
 SAMPLE_TOKENS = 2**15  # to score experts on
@@ -198,8 +198,8 @@ def pretrain(study: Study, job: dict) -> dict:
         study,
         study.folder / "pretraining",
         model=str(study.folder / "init"),
-        data=str(study.pretraining_file("train")),
-        validation_data=str(study.pretraining_file("valid")),
+        data=str(study.mixture("train")),
+        validation_data=str(study.mixture("valid")),
         method="full",
         seq_length=512,
         batch_size=4 if study.tiny else 64,
@@ -284,7 +284,7 @@ def make_selections(study: Study, job: dict) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(study.base, study.device, torch.float32, experts="loop")
     tokenizer, scores, samples = load_tokenizer(study.base), [], []
-    files = study.file(f"{job['task']}_train"), study.pretraining_file("valid")
+    files = study.file(f"{job['task']}_train"), study.mixture("valid")
     for path in files:
         samples.append(encode_file(path, tokenizer))
         sequences = sample_tokens(samples[-1], SAMPLE_TOKENS, ROW, job["seed"])
