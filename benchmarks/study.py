@@ -49,7 +49,7 @@ from adapter import load_adapter, mark_trainable  # noqa: E402
 from chat import load_tokenizer  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from compare import leave_nothing  # noqa: E402
-from data import IGNORE, encode_file, pack, sample_tokens  # noqa: E402
+from data import encode_file, pack, sample_tokens  # noqa: E402
 from files import read_json, write_json, write_lines  # noqa: E402
 from merge import merge  # noqa: E402
 from model import token_losses  # noqa: E402
