@@ -6,6 +6,7 @@ is passed over, metadata apart.
 
 import difflib
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
 
 def is_text(value) -> bool:
     """Returns whether a value is a string that can be written, without half a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def text_field(row: dict, field: str, where: str) -> str:

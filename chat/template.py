@@ -118,6 +118,7 @@ class Chat:
         """`tokens` are what the template may name, bos_token and eos_token among them; `special`
         the texts of all special tokens. Raises ValueError that names `source`."""
         self.name, self.source, self.tokens, self.special = name, source, tokens, special
+        self.shown: dict[tuple[Message, ...], str] = {}  # of `check_kept`
         try:
             self.template = ENVIRONMENT.from_string(template)
         except Exception as error:  # TemplateError, or what Python makes of the template's code
@@ -224,7 +225,7 @@ class Chat:
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            until = self.render(messages[: i + 1])
+            until = whole if message is messages[-1] else self.render(messages[: i + 1])
             if not whole.startswith(until):
                 said = "the chat template renders this answer in another way where more follows"
                 raise ValueError(f"{message.name}: {said}, so it cannot be learned")
@@ -265,11 +266,13 @@ class Chat:
     def check_kept(self, messages: list[Message], whole: str) -> None:
         """Raises ValueError for a text that the template leaves out or changes, white space apart.
         Words in its place show whether it is rendered at all."""
-        marked = [
-            m._replace(content=f"Xq{i}c", reasoning_content=f"Xq{i}r" * bool(m.reasoning_content))
+        marked = tuple(
+            Message("", m.role, f"Xq{i}c", f"Xq{i}r" * bool(m.reasoning_content))
             for i, m in enumerate(messages)
-        ]
-        shown, rest = self.render(marked), "".join(whole.split())
+        )
+        if marked not in self.shown:  # rows are alike, and rendering takes most of their time
+            self.shown[marked] = self.render(marked)
+        shown, rest = self.shown[marked], "".join(whole.split())
         for message, mark in zip(messages, marked):
             for name in ("reasoning_content", "content"):
                 text = "".join(getattr(message, name).split())
