@@ -1,18 +1,22 @@
 """Does ESFT forget less? Bases of three sizes from nothing, adapted to tasks by every method.
 
-    python benchmarks/study.py --sizes 4M 26M 118M --device cuda --jobs 6
-    python benchmarks/study.py --report         # the table and the figure of what was measured
+    python benchmarks/study.py --sizes 4M 26M 118M --device cuda --jobs 14
+    python benchmarks/study_report.py           # the tables and the figure of what was measured
     python benchmarks/study.py --tiny           # the same code on a CPU, in seconds
 
-A size is a base that is pretrained on demo/make_data.py's ten skills, and then adapted to each task
-by each method: at four learning rates on the validation files, and then with three seeds at the
-chosen rate on the test files. Everything is kept in --work. The same command goes on where one was
-stopped, and does nothing twice. Results are in benchmarks/results/study_SIZE.json.
+A size is a shape of base. A seed pretrains a base of that shape on demo/make_data.py's ten skills,
+and draws all that the adaptations of this base draw; of 118M there is one base for all three seeds.
+Each method is adapted to each task at four
+learning rates with the first seed, scored on the validation files; and at the chosen rate with all
+seeds, scored on the test files. Everything is kept in --work: the same command goes on where one
+was stopped, and does nothing twice. Results are in benchmarks/results/study_SIZE.json.
 
 The rule for the learning rate, the same for every method: of the rates whose task score is within
 0.02 of the method's best, the one with the best general score. Scores are exact match (intent: its
 own score) of greedy answers. "general" is the mean over the ten skills. "rivals" are those of them
-whose inputs or whose answers' format the task shares.
+whose inputs or whose answers' format the task shares. Full fine-tuning that ends early has the rate
+of full fine-tuning, and the length with the best general score of those whose task score is within
+0.02 of ESFT-Token's.
 
 A selection beats ESFT-Token's at the same number of parameters if, on most pairs of size and task,
 its task score is at most 0.02 lower and its general score is higher by more than the two standard
@@ -34,6 +38,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import combinations_with_replacement, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -41,13 +46,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
-from make_base import CONFIG, write_base  # noqa: E402
+from make_base import write_base  # noqa: E402
 from make_data import draw_mixture, make_world, train_row  # noqa: E402
 from study_report import best, of, report  # noqa: E402
 
 from adapter import load_adapter, mark_trainable  # noqa: E402
 from chat import load_tokenizer  # noqa: E402
-from checkpoint import load_model  # noqa: E402
+from checkpoint import choose_dtype, load_model  # noqa: E402
 from compare import leave_nothing  # noqa: E402
 from data import encode_file, pack, sample_tokens  # noqa: E402
 from files import read_json, write_json, write_lines  # noqa: E402
@@ -67,10 +72,19 @@ from train import train  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-# Changes to the demo's base, steps of pretraining, and its learning rate.
+
+
+class Size(NamedTuple):
+    changes: dict  # to the demo's base
+    steps: int  # of pretraining, of 64 rows of 512 tokens
+    rate: float  # of pretraining
+    bases: int  # how many, for SEEDS
+    rates: tuple[float, float, float]  # the lowest tried for selected experts, LoRA, everything
+
+
 SIZES = {
-    "4M": ({}, 1800, 3e-3),
-    "26M": (
+    "4M": Size({}, 1600, 3e-3, 3, (2e-3, 2.5e-4, 5e-5)),
+    "26M": Size(
         {
             "hidden_size": 256,
             "intermediate_size": 1024,
@@ -78,10 +92,12 @@ SIZES = {
             "num_hidden_layers": 8,
             "initializer_range": 0.035,
         },
-        2000,
-        2e-3,
+        1800,
+        1.5e-3,
+        3,
+        (5e-4, 1.25e-4, 2.5e-5),
     ),
-    "118M": (
+    "118M": Size(
         {
             "hidden_size": 512,
             "intermediate_size": 2048,
@@ -92,26 +108,26 @@ SIZES = {
             "kv_lora_rank": 128,
             "initializer_range": 0.025,
         },
-        2200,
+        2000,
         1e-3,
+        1,
+        (2.5e-4, 1.25e-4, 1.25e-5),
     ),
-    "tiny": (
-        {"hidden_size": 16, "num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 2048},
+    "tiny": Size(
+        {"hidden_size": 16, "num_hidden_layers": 2, "n_routed_experts": 8},
         2,
         1e-3,
+        1,
+        (1e-3, 1e-3, 1e-3),
     ),
 }
 TASKS = {"intent": "intent", "order": "exact", "sum": "exact"}  # task -> metric of eval.py
 SELECTED = ("token", "gate", "random", "lowest", "even", "gradient", "relative")
-# Learning rates of the 4M base; others take them times 128 / hidden_size.
-RATES = dict.fromkeys(SELECTED, (1e-3, 2e-3, 4e-3, 8e-3)) | {
-    "lora": (2.5e-4, 5e-4, 1e-3, 2e-3),
-    "full": (5e-5, 1e-4, 2e-4, 4e-4),
-}
-MIXTURE_ROWS = {"train": 400_000, "valid": 1000}
-STEPS, BATCH, ROW = 200, 16, 256
-EARLY = (STEPS // 8, STEPS // 4, STEPS // 2)  # lengths of full fine-tuning that ends early
-SEEDS = range(3)
+METHODS = (*SELECTED, "lora", "full", "early")
+MIXTURE_ROWS = {"train": 1_000_000, "valid": 1000}
+SEEDS = 3
+STEPS, BATCH, ROW = 250, 16, 256
+EARLY = (STEPS // 8, STEPS // 4, STEPS // 2, STEPS * 3 // 4)  # of full fine-tuning that ends early
 SAMPLE_TOKENS = 2**15  # to score experts on
 ANSWER_TOKENS = 48  # in the longest completion
 
@@ -119,17 +135,19 @@ ANSWER_TOKENS = 48  # in the longest completion
 class Study:
     """One size of the study, in a folder of its own. It goes to other processes as it is."""
 
-    def __init__(self, size: str, args: argparse.Namespace):
-        self.size, self.device, self.seed = size, args.device, args.base_seed
-        self.tiny = size == "tiny"
-        self.folder = Path(args.work, size)
-        self.base = self.folder / "base"
-        self.changes, self.pretrain_steps, self.pretrain_rate = SIZES[size]
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.name, self.size, self.device = name, SIZES[name], args.device
+        self.folder = Path(args.work, name)
+        self.tiny = name == "tiny"
+        self.seeds = range(args.first_seed, args.first_seed + (1 if self.tiny else SEEDS))
         self.mixture_rows = {"train": 200, "valid": 50} if self.tiny else MIXTURE_ROWS
-        self.steps = 2 if self.tiny else STEPS
-        self.early = (1,) if self.tiny else EARLY
-        self.seeds = SEEDS[:1] if self.tiny else SEEDS
+        self.steps, self.early = (2, (1,)) if self.tiny else (STEPS, EARLY)
         self.answer_tokens = 2 if self.tiny else ANSWER_TOKENS
+
+    def base(self, seed: int) -> Path:
+        """Returns the base that a seed adapts: its own, as long as there are enough."""
+        first = self.seeds[0]
+        return self.folder / f"base-{first + (seed - first) % self.size.bases}"
 
     def file(self, name: str) -> Path:
         """Returns a file of demo/data; its first rows, if tiny."""
@@ -144,15 +162,15 @@ class Study:
 
     def mixture(self, split: str) -> Path:
         """Returns a file with rows of the ten skills, to pretrain on or to validate."""
-        path = self.folder.parent / f"mixture_{split}.jsonl"
+        path = self.folder / f"mixture_{split}.jsonl"
         if not path.exists():
             rows = islice(draw_mixture(split, 0, make_world(0)), self.mixture_rows[split])
             write_lines(path, (train_row(*pair) for pair in rows))
         return path
 
     def rates(self, method: str) -> list[float]:
-        scale = CONFIG["hidden_size"] / self.changes.get("hidden_size", CONFIG["hidden_size"])
-        return [rate * scale for rate in RATES[method][: 1 if self.tiny else None]]
+        lowest = self.size.rates[{"lora": 1, "full": 2}.get(method, 0)]
+        return [lowest * 2**i for i in range(1 if self.tiny else 4)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -193,27 +211,29 @@ def run(study: Study, output: Path, **keys) -> dict:
 
 
 def pretrain(study: Study, job: dict) -> dict:
-    write_base(study.folder / "init", study.changes, study.seed)
+    seed, size = job["seed"], study.size
+    init, output = study.folder / f"init-{seed}", study.folder / f"pretraining-{seed}"
+    write_base(init, size.changes, seed)
     results = run(
         study,
-        study.folder / "pretraining",
-        model=str(study.folder / "init"),
+        output,
+        model=str(init),
         data=str(study.mixture("train")),
         validation_data=str(study.mixture("valid")),
         method="full",
         seq_length=512,
         batch_size=4 if study.tiny else 64,
-        steps=study.pretrain_steps,
-        learning_rate=study.pretrain_rate,
+        steps=size.steps,
+        learning_rate=size.rate,
         warmup_steps=1 if study.tiny else 100,
         schedule="cosine",
-        eval_steps=600,
+        eval_steps=size.steps,
         log_steps=100,
         compile=study.device == "cuda",
-        seed=study.seed,
+        seed=seed,
     )
-    shutil.rmtree(study.base, ignore_errors=True)
-    merge(study.folder / "init", study.folder / "pretraining" / "adapter", study.base)
+    shutil.rmtree(study.base(seed), ignore_errors=True)
+    merge(init, output / "adapter", study.base(seed))
     kept = ("steps", "learning_rate", "best_validation_loss", "all_parameters", "seconds")
     return job | {name: results[name] for name in kept}
 
@@ -228,7 +248,7 @@ def adapt(study: Study, job: dict) -> dict:
     results = run(
         study,
         study.folder / "runs" / name,
-        model=str(study.base),
+        model=str(study.base(job["seed"])),
         data=str(study.file(f"{task}_train")),
         validation_fraction=0.0,
         seq_length=ROW,
@@ -241,16 +261,18 @@ def adapt(study: Study, job: dict) -> dict:
         **keys,
     )
     kept = ("trained_parameters", "all_parameters", "adapter_bytes", "seconds")
-    scores = evaluate(study, task, job["part"], study.folder / "runs" / name / "adapter")
+    adapter = study.folder / "runs" / name / "adapter"
+    scores = evaluate(study, task, job["seed"], job["part"], adapter)
     return job | {key: results[key] for key in kept} | scores
 
 
-def evaluate(study: Study, task: str, part: str, adapter: Path | None = None) -> dict:
+def evaluate(study: Study, task: str, seed: int, part: str, adapter: Path | None = None) -> dict:
     """Returns the scores of the base, or of an adapter on it, on a task and on each skill."""
-    model = load_model(study.base, study.device, choose_dtype(study))
+    base = study.base(seed)
+    model = load_model(base, study.device, choose_dtype("", study.device))
     if adapter:
         load_adapter(model, adapter)
-    tokenizer, means = load_tokenizer(study.base), []
+    tokenizer, means = load_tokenizer(base), []
     for metric, name in ((TASKS[task], task), ("exact", "general")):
         path = study.file(f"{name}_{part}")
         examples = answer_file(model, tokenizer, metric, path, study.answer_tokens)
@@ -266,10 +288,6 @@ def evaluate(study: Study, task: str, part: str, adapter: Path | None = None) ->
     }
 
 
-def choose_dtype(study: Study) -> torch.dtype:
-    return torch.bfloat16 if study.device == "cuda" else torch.float32
-
-
 # ------------------------------------------------------------------------------------------
 # Selections
 
@@ -282,8 +300,9 @@ def make_selections(study: Study, job: dict) -> dict:
     """Writes what each method of SELECTED selects for a task, and the scores of the experts."""
     folder = selection_folder(study, job["task"], job["seed"])
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_model(study.base, study.device, torch.float32, experts="loop")
-    tokenizer, scores, samples = load_tokenizer(study.base), [], []
+    base = study.base(job["seed"])
+    model = load_model(base, study.device, torch.float32, experts="loop")
+    tokenizer, scores, samples = load_tokenizer(base), [], []
     files = study.file(f"{job['task']}_train"), study.mixture("valid")
     for path in files:
         samples.append(encode_file(path, tokenizer))
@@ -360,9 +379,9 @@ def even_counts(scores: dict[str, dict[str, float]], total: int) -> dict[str, in
 
 
 def routing(study: Study) -> dict:
-    """Returns, of seed 0, how many of their 6 most used experts of a layer two tasks share, and
-    what part of a task's tokens goes to these 6."""
-    folders = {task: selection_folder(study, task, 0) for task in TASKS}
+    """Returns, of the first seed, how many of their 6 most used experts of a layer two tasks share,
+    and what part of a task's tokens goes to these 6."""
+    folders = {task: selection_folder(study, task, study.seeds[0]) for task in TASKS}
     files = {task: folder / "task.scores.json" for task, folder in folders.items()}
     files["general"] = folders["intent"] / "general.scores.json"
     files = {name: path for name, path in files.items() if path.exists()}
@@ -388,7 +407,10 @@ class Progress:
 
     def __init__(self, study: Study, path: Path, pool: ProcessPoolExecutor | None):
         self.study, self.path, self.pool = study, path, pool
-        self.results = read_json(path) if path.exists() else {"size": study.size, "stages": {}}
+        self.results = (
+            read_json(path) if path.exists() else {"size": study.name, "bases": study.size.bases}
+        )
+        self.results.setdefault("stages", {})
 
     def do(self, stage: str, function: Callable, jobs: Iterable[dict]) -> list[dict]:
         """Returns the entries of all jobs. Those that the file has not are done, and added."""
@@ -420,53 +442,46 @@ def run_size(progress: Progress, tasks: list[str], methods: list[str]) -> None:
     progress.results["device"] = study.device
     if study.device == "cuda":
         progress.results["device"] = torch.cuda.get_device_name()
-    (base,) = progress.do("pretraining", pretrain, [{"seed": study.seed}])
-    before = [{"task": task, "part": part} for task in tasks for part in ("valid", "test")]
+    for split in study.mixture_rows:
+        study.mixture(split)  # before several processes want it
+    progress.do(
+        "pretraining", pretrain, [{"seed": seed} for seed in study.seeds[: study.size.bases]]
+    )
+    parts = ("valid", "test")
+    before = [{"task": t, "seed": s, "part": p} for t in tasks for s in study.seeds for p in parts]
     progress.do("before", evaluate_base, before)
     scored = [{"task": task, "seed": seed} for task in tasks for seed in study.seeds]
     progress.do("selections", make_selections, scored)
     progress.results["routing"] = routing(study)
 
-    def jobs_of(task: str, method: str, rates: Iterable, seeds: Iterable, part: str) -> list[dict]:
+    def jobs_of(task: str, method: str, pairs: Iterable, seeds: Iterable, part: str) -> list[dict]:
+        job = {"task": task, "method": method}
         return [
-            {
-                "task": task,
-                "method": method,
-                "learning_rate": rate,
-                "steps": steps,
-                "seed": seed,
-                "part": part,
-            }
-            for rate, steps in rates
+            job | {"learning_rate": rate, "steps": steps, "seed": seed, "part": part}
+            for rate, steps in pairs
             for seed in seeds
         ]
 
-    def pairs(method: str) -> list[tuple[float, int]]:
-        return [(rate, study.steps) for rate in study.rates(method)]
+    def tune(chances: dict[tuple[str, str], list[tuple[float, int]]]) -> list[dict]:
+        jobs = (jobs_of(*key, pairs, study.seeds[:1], "valid") for key, pairs in chances.items())
+        return progress.do("tuning", adapt, sum(jobs, []))
 
-    rated = [method for method in methods if method != "early"]
-    tuning = [jobs_of(t, m, pairs(m), [0], "valid") for m in reversed(rated) for t in tasks]
-    tuned = progress.do("tuning", adapt, sum(tuning, []))
-    chosen = {(t, m): best(of(tuned, task=t, method=m)) for t in tasks for m in rated}
+    rated = [method for method in reversed(METHODS) if method in methods and method != "early"]
+    chances = {(t, m): [(r, study.steps) for r in study.rates(m)] for m in rated for t in tasks}
+    tuned = tune(chances)
+    chosen = {(t, m): best(of(tuned, task=t, method=m)) for t, m in chances}
     if "early" in methods:
-        lengths = {task: [(chosen[task, "full"][0], n) for n in study.early] for task in tasks}
-        tuning = [jobs_of(t, "early", lengths[t], [0], "valid") for t in tasks]
-        tuned = progress.do("tuning", adapt, sum(tuning, []))
+        chances = {(t, "early"): [(chosen[t, "full"][0], n) for n in study.early] for t in tasks}
+        shorter = tune(chances)
         for task in tasks:
-            (token,) = of(
-                progress.results["tuning"],
-                task=task,
-                method="token",
-                learning_rate=chosen[task, "token"][0],
-            )
-            runs = of(tuned, task=task)
+            rate, steps = chosen[task, "token"]
+            (token,) = of(tuned, task=task, method="token", learning_rate=rate)
+            runs = of(tuned, task=task, method="full", learning_rate=chosen[task, "full"][0])
+            runs += of(shorter, task=task)
             chosen[task, "early"] = best(runs, least=token["task_score"])
-    testing = [
-        jobs_of(task, method, [pair], study.seeds, "test")
-        for (task, method), pair in reversed(chosen.items())
-    ]
+    testing = (jobs_of(*key, [pair], study.seeds, "test") for key, pair in chosen.items())
     progress.do("testing", adapt, sum(testing, []))
-    print(f"wrote {progress.path}, of a base of {base['all_parameters']:,} parameters", flush=True)
+    print(f"wrote {progress.path}")
 
 
 def evaluate_base(study: Study, job: dict) -> dict:
@@ -478,35 +493,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    sizes, methods = [size for size in SIZES if size != "tiny"], [*RATES, "early"]
+    sizes = [size for size in SIZES if size != "tiny"]
     add("--sizes", nargs="+", choices=sizes, default=sizes[:1], help="(default: 4M)")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all three)")
-    add("--methods", nargs="+", choices=methods, default=methods, help="(default: all)")
+    tasks = ["intent", "order"]
+    add("--tasks", nargs="+", choices=TASKS, default=tasks, help="(default: intent and order)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
     add("--work", default="runs/study", help="folder for bases and runs (default: runs/study)")
     add("--results", default=str(RESULTS), help="folder of study_SIZE.json")
-    add("--base_seed", type=int, default=0, help="seed of pretraining (default: 0)")
+    said = "another one repeats the study with other bases (default: 0)"
+    add("--first_seed", type=int, default=0, help=said)
     add("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
     add("--jobs", type=int, default=1, help="runs at the same time, one core each")
-    add("--report", action="store_true", help="only write the table and the figure again")
     add("--tiny", action="store_true", help="a base of two layers, in a scratch folder")
     args = parser.parse_args()
+    if "early" in args.methods and not {"full", "token"} <= set(args.methods):
+        parser.error("--methods early needs full, whose rate it takes, and token, its measure")
     with contextlib.ExitStack() as stack:
         if args.tiny:
             args.sizes, args.tasks = ["tiny"], args.tasks[:1]
             args.work = args.results = stack.enter_context(tempfile.TemporaryDirectory())
-        if not args.report:
-            # A run that would give other bits, were it alone, could not be repeated.
-            os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-            pool = None
-            if args.jobs > 1:
-                spawn = multiprocessing.get_context("spawn")
-                pool = ProcessPoolExecutor(args.jobs, spawn)
-                stack.callback(pool.shutdown, cancel_futures=True)
-            for size in args.sizes:
-                study = Study(size, args)
-                study.folder.mkdir(parents=True, exist_ok=True)
-                path = Path(args.results, f"study_{size}.json")
-                run_size(Progress(study, path, pool), args.tasks, args.methods)
+        # One core a run, so that runs side by side do not slow each other.
+        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        pool = None
+        if args.jobs > 1:
+            pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+        for size in args.sizes:
+            study = Study(size, args)
+            study.folder.mkdir(parents=True, exist_ok=True)
+            path = Path(args.results, f"study_{size}.json")
+            run_size(Progress(study, path, pool), args.tasks, args.methods)
         written = report(Path(args.results), [*sizes, "tiny"])
     print(json.dumps({"benchmark": "study", "sizes": args.sizes, "wrote": written}))
 

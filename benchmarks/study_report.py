@@ -2,7 +2,7 @@
 
     python benchmarks/study_report.py
 
-Mean and standard deviation (n - 1) are over the seeds of the adaptation, of one base a size."""
+Mean and standard deviation (n - 1) are over the seeds."""
 
 import argparse
 import statistics
@@ -30,6 +30,7 @@ NAMES = {
     "full": "full fine-tuning",
     "early": "full, ended early",
 }
+SCORES = ("task_score", "general_score")
 VARIANTS = ("even", "gradient", "relative")  # with the parameters of token
 
 
@@ -46,43 +47,48 @@ def best(runs: list[dict], least: float = 1.0) -> tuple[float, int]:
     return run["learning_rate"], run["steps"]
 
 
-def spread(values: list[float]) -> tuple[float, float]:
+def spread(runs: list[dict], name: str) -> tuple[float, float]:
+    """Returns mean and standard deviation of a score."""
+    values = [run[name] for run in runs]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def scores(results: dict, task: str, method: str, name: str) -> tuple[float, float]:
-    """Returns mean and standard deviation of a score over the seeds of the test runs."""
-    return spread([run[name] for run in of(results["testing"], task=task, method=method)])
+def score_cell(runs: list[dict], name: str) -> str:
+    mean, deviation = spread(runs, name)
+    return f" {mean:.3f} ± {deviation:.3f} |"
 
 
-def skills_of(run: dict, task: str) -> tuple[float, float]:
+def mean_of_skills(runs: list[dict], task: str) -> tuple[float, float]:
     """Returns the mean score of a task's rivals, and of the other skills."""
-    rivals = [value for skill, value in run["skills"].items() if skill in RIVALS[task]]
-    others = [value for skill, value in run["skills"].items() if skill not in RIVALS[task]]
+    pairs = [(skill in RIVALS[task], v) for run in runs for skill, v in run["skills"].items()]
+    rivals, others = ([v for is_rival, v in pairs if is_rival == kind] for kind in (True, False))
     return statistics.fmean(rivals), statistics.fmean(others)
 
 
 def table_of(results: dict) -> list[str]:
     """Returns the rows of the main table for one size."""
     tasks = list(dict.fromkeys(run["task"] for run in results["testing"]))
+    seeds = {run["seed"] for run in results["testing"]}
     lines = [
-        f"\n### {results['size']}\n",
+        f"\n### {results['size']}, {len(seeds)} seeds, {results['bases']} bases\n",
         "| | trained | " + " | ".join(f"{t}: rate | task | general" for t in tasks) + " |",
         "|---|---|" + "---|---|---|" * len(tasks),
     ]
-    before = {t: of(results["before"], task=t, part="test")[0] for t in tasks}
-    cells = [f" | {b['task_score']:.3f} | {b['general_score']:.3f} |" for b in before.values()]
-    lines.append(f"| before | |{''.join(cells)}")
+    line = "| before | |"
+    for task in tasks:
+        runs = of(results["before"], task=task, part="test")
+        line += " |" + "".join(score_cell(runs, n) for n in SCORES)
+    lines.append(line)
     for method in [m for m in NAMES if of(results["testing"], method=m)]:
         runs = of(results["testing"], method=method)
         share = statistics.fmean(r["trained_parameters"] / r["all_parameters"] for r in runs)
         line = f"| {NAMES[method]} | {share:.1%} |"
         for task in tasks:
-            run = of(runs, task=task)[0]
+            seeds = of(runs, task=task)
+            run = seeds[0]
             steps = f", {run['steps']} steps" if method == "early" else ""
-            pairs = (scores(results, task, method, n) for n in ("task_score", "general_score"))
             line += f" {run['learning_rate']:.2g}{steps} |"
-            line += "".join(f" {mean:.3f} ± {std:.3f} |" for mean, std in pairs)
+            line += "".join(score_cell(seeds, n) for n in SCORES)
         lines.append(line)
     return lines
 
@@ -91,13 +97,13 @@ def forgetting_of(results: dict) -> list[str]:
     """Returns the rows that say which skills lost how much."""
     lines = []
     for task in dict.fromkeys(run["task"] for run in results["testing"]):
-        before = skills_of(of(results["before"], task=task, part="test")[0], task)
+        bases = of(results["before"], task=task, part="test")
+        before = mean_of_skills(bases, task)
         for method in ("token", "full", "lora"):
             runs = of(results["testing"], task=task, method=method)
-            pairs = [skills_of(run, task) for run in runs]
-            if not pairs:
+            if not runs:
                 continue
-            lost = [b - statistics.fmean(after) for b, after in zip(before, zip(*pairs))]
+            lost = [b - after for b, after in zip(before, mean_of_skills(runs, task))]
             count = len(RIVALS[task])
             total = lost[0] * count + lost[1] * (10 - count)
             part = f"{lost[0] * count / total:.0%}" if total > 0.05 else "-"
@@ -116,7 +122,7 @@ def selections_of(results: dict) -> list[str]:
             if not of(results["testing"], task=task, method=method):
                 continue
             ours, theirs = (
-                {n: scores(results, task, m, n) for n in ("task_score", "general_score")}
+                {n: spread(of(results["testing"], task=task, method=m), n) for n in SCORES}
                 for m in ("token", method)
             )
             gains = {n: theirs[n][0] - ours[n][0] for n in ours}
@@ -171,9 +177,9 @@ def draw(studies: list[dict], path: Path) -> None:
     for task, axes in zip(tasks, panels):
         for colour, method in enumerate(NAMES):
             points = [
-                [scores(r, task, method, name) for name in ("task_score", "general_score")]
-                for r in studies
-                if of(r["testing"], task=task, method=method)
+                [spread(runs, name) for name in SCORES]
+                for results in studies
+                if (runs := of(results["testing"], task=task, method=method))
             ]
             if not points:
                 continue

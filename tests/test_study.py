@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_oracle, save_with_transformers
+from conftest import ROOT, save_with_transformers
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
@@ -102,7 +102,10 @@ def test_the_table_tells_rivals_from_other_skills():
         ("parse", "json", "copy", "add", "sort", "fact", "count", "reverse", "translate"), 1.0
     )
     skills["sequence"] = 0.5
-    assert study_report.skills_of({"skills": skills | {"json": 0.0}}, "intent") == (0.5, 0.9375)
+    assert study_report.mean_of_skills([{"skills": skills | {"json": 0.0}}], "intent") == (
+        0.5,
+        0.9375,
+    )
     before = {"task": "intent", "part": "test", "skills": skills}
     runs = [
         {"task": "intent", "method": "token", "skills": skills | {"parse": 0.0, "copy": copy}}
