@@ -139,7 +139,7 @@ class Study:
         self.name, self.size, self.device = name, SIZES[name], args.device
         self.folder = Path(args.work, name)
         self.tiny = name == "tiny"
-        self.seeds = range(args.first_seed, args.first_seed + (1 if self.tiny else SEEDS))
+        self.seeds = range(args.first_seed, args.first_seed + args.seeds)
         self.mixture_rows = {"train": 200, "valid": 50} if self.tiny else MIXTURE_ROWS
         self.steps, self.early = (2, (1,)) if self.tiny else (STEPS, EARLY)
         self.answer_tokens = 2 if self.tiny else ANSWER_TOKENS
@@ -501,6 +501,7 @@ def main() -> None:
     add("--work", default="runs/study", help="folder for bases and runs (default: runs/study)")
     add("--results", default=str(RESULTS), help="folder of study_SIZE.json")
     said = "another one repeats the study with other bases (default: 0)"
+    add("--seeds", type=int, default=SEEDS, help="how many (default: 3)")
     add("--first_seed", type=int, default=0, help=said)
     add("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
     add("--jobs", type=int, default=1, help="runs at the same time, one core each")
@@ -510,7 +511,7 @@ def main() -> None:
         parser.error("--methods early needs full, whose rate it takes, and token, its measure")
     with contextlib.ExitStack() as stack:
         if args.tiny:
-            args.sizes, args.tasks = ["tiny"], args.tasks[:1]
+            args.sizes, args.tasks, args.seeds = ["tiny"], args.tasks[:1], 1
             args.work = args.results = stack.enter_context(tempfile.TemporaryDirectory())
         # One core a run, so that runs side by side do not slow each other.
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
