@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
 from make_base import write_base  # noqa: E402
-from make_data import draw_mixture, make_world, train_row  # noqa: E402
+from make_data import draw_mixture, make_world, prompt  # noqa: E402
 from study_report import best, of, report  # noqa: E402
 
 from adapter import load_adapter, mark_trainable  # noqa: E402
@@ -165,7 +165,9 @@ class Study:
         path = self.folder / f"mixture_{split}.jsonl"
         if not path.exists():
             rows = islice(draw_mixture(split, 0, make_world(0)), self.mixture_rows[split])
-            write_lines(path, (train_row(*pair) for pair in rows))
+            # As text, which is read in half the time of conversations.
+            texts = ({"prompt": prompt(user), "completion": f" {answer}"} for user, answer in rows)
+            write_lines(path, texts)
         return path
 
     def rates(self, method: str) -> list[float]:
@@ -514,7 +516,7 @@ def main() -> None:
             args.sizes, args.tasks, args.seeds = ["tiny"], args.tasks[:1], 1
             args.work = args.results = stack.enter_context(tempfile.TemporaryDirectory())
         # One core a run, so that runs side by side do not slow each other.
-        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        os.environ["OMP_NUM_THREADS"] = "1"
         pool = None
         if args.jobs > 1:
             pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
