@@ -32,7 +32,8 @@ def read_selection(path: str) -> Experts:
         needed = 'must be {"LAYER": [EXPERT, ...]}; score files need --top'
         raise ValueError(f"{path}: field experts {needed}")
     for layer, chosen in experts.items():
-        if not isinstance(chosen, list) or not all(type(e) is int for e in chosen):
+        are_ids = isinstance(chosen, list) and all(type(e) is int and e >= 0 for e in chosen)
+        if not are_ids or len(set(chosen)) < len(chosen):
             raise ValueError(f"{path}: experts: layer {layer!r} must be a list of expert ids")
     return experts
 

@@ -71,6 +71,8 @@ def test_experts_that_tasks_share_by_hand(tmp_path, monkeypatch, capsys):
             [],
             "b.json: experts: layer '1' must be a list of expert ids",
         ),
+        ('{"experts": {"1": [-1]}}', [], "b.json: experts: layer '1' must be a list of expert ids"),
+        ('{"experts": {"1": [2, 2]}}', [], "b.json: experts: layer '1' must be a list of exper"),
         ('{"token_scores": {}}', [], "b.json: field experts must be"),
         ("[]", [], "b.json: field experts must be"),
         ('{"experts": {"1": [1]}}', ["--top", "-1"], "--top is -1; a number of experts"),
