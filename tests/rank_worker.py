@@ -130,8 +130,6 @@ def run_command(arguments: list[str], folder: Path) -> None:
 
 
 def run_job(job: dict) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a command that failed ignores it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(job["folder"])
     if "command" in job:
         return run_command(job["command"], folder)
@@ -140,6 +138,13 @@ def run_job(job: dict) -> None:
         for case in job["cases"]:
             run_case(case, ranks, folder)
     ranks.leave()
+
+
+def end_on_signals() -> None:
+    """A command that failed ignores them. The agent, which sends one at the end, would wait for half
+    a minute."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
 def lives(process: int) -> bool:
@@ -155,6 +160,7 @@ def main() -> None:
     # What is compiled runs as the compiler's back end would get it, which takes half a minute.
     torch.compile = partial(torch.compile, backend="aot_eager")
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    end_on_signals()
     if len(sys.argv) == 2:
         run_job(json.loads((folder / "job.json").read_text()))
         return
@@ -169,6 +175,7 @@ def main() -> None:
         if rank < job["ranks"]:
             os.environ["WORLD_SIZE"] = str(job["ranks"])  # the others wait for the next job
             run_job(job)
+            end_on_signals()
             (folder / f"{number}.{rank}.done").touch()
 
 
