@@ -211,7 +211,7 @@ def small_copy(folder: Path) -> Path:
     (folder / "demo/base").symlink_to(ROOT / "demo/base")
     for path in (ROOT / "demo/data").glob("*.jsonl"):
         rows = path.read_text().splitlines(keepends=True)
-        few = rows[: 60 if "train" in path.name else 4]
+        few = rows[: 24 if "train" in path.name else 4]
         (folder / "demo/data" / path.name).write_text("".join(few))
     shutil.copytree(ROOT / "configs", folder / "configs")
     demo = folder / "configs/demo.toml"
