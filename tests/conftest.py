@@ -327,13 +327,11 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def chat_file(tmp_path) -> Path:
+def write_chats(path: Path) -> Path:
     """40 short conversations."""
     import json
 
     draw = random.Random(0)
-    path = tmp_path / "train.jsonl"
     rows = []
     for _ in range(40):
         word = "".join(draw.choices("abcdef", k=draw.randint(2, 6)))
@@ -347,3 +345,8 @@ def chat_file(tmp_path) -> Path:
         )
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path
+
+
+@pytest.fixture
+def chat_file(tmp_path) -> Path:
+    return write_chats(tmp_path / "train.jsonl")

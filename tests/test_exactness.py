@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, save_tokenizer, save_with_transformers
+from conftest import ROOT, save_tokenizer, save_with_transformers, write_chats
 from safetensors.torch import load_file, save_file
 from test_train import metrics, settings
 
@@ -44,16 +44,32 @@ def result(output: Path) -> dict:
     return {"metrics": metrics(output)} | {name: (output / name).read_bytes() for name in files}
 
 
+EACH_STEP = {"save_steps": 1, "dtype": "bfloat16"}  # has a checkpoint
+
+
 @pytest.fixture
 def run(checkpoint, chat_file, tmp_path):
-    """Trains in a folder under `tmp_path`, with a checkpoint after every step."""
+    """Trains in a folder under `tmp_path`."""
 
     def run(name: str, **changes) -> Path:
-        changes = {"save_steps": 1, "dtype": "bfloat16", **changes}
-        train(settings(checkpoint, chat_file, tmp_path / name, **changes))
+        train(settings(checkpoint, chat_file, tmp_path / name, **EACH_STEP | changes))
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole_run(checkpoint, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    chats = write_chats(folder / "train.jsonl")
+    train(settings(checkpoint, chats, folder / "run", **EACH_STEP))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run) -> dict:
+    return result(whole_run)
 
 
 # ------------------------------------------------------------------------------------------
@@ -71,10 +87,9 @@ def wait_for_threads() -> None:
             thread.join()
 
 
-def test_a_kill_at_any_touch_of_the_file_system(run, tmp_path, monkeypatch):
+def test_a_kill_at_any_touch_of_the_file_system(run, whole, tmp_path, monkeypatch):
     """A process that dies does nothing more: after the first call that fails, all of them do, so
     that no `finally` tidies up."""
-    whole = result(run("whole"))
     calls = [(os, "replace"), (os, "fsync"), (os, "chmod"), (shutil, "rmtree"), (Path, "unlink")]
     calls += [
         (Path, "mkdir"),
@@ -118,9 +133,9 @@ def test_a_kill_at_any_touch_of_the_file_system(run, tmp_path, monkeypatch):
 
 
 def test_overwriting_that_is_killed_leaves_neither_a_finished_run_nor_half_of_one(
-    run, tmp_path, monkeypatch
+    run, whole, tmp_path, monkeypatch
 ):
-    whole = result(run("run"))
+    run("run")
     shutil.copytree(tmp_path / "run", tmp_path / "finished")
     for kills in range(1, 8):
         with monkeypatch.context() as patched:
@@ -146,9 +161,8 @@ def test_overwriting_that_is_killed_leaves_neither_a_finished_run_nor_half_of_on
 
 
 @pytest.mark.parametrize("step, saved", [(3, 4), (6, 6)])
-def test_a_signal_after_the_step_is_not_lost(run, tmp_path, monkeypatch, step, saved):
+def test_a_signal_after_the_step_is_not_lost(run, whole, tmp_path, monkeypatch, step, saved):
     """Neither between saving and stopping nor behind the last step."""
-    whole = result(run("whole"))
     stop_after(monkeypatch, step, lambda: signal.raise_signal(signal.SIGINT))
     message = f"SIGINT after step {saved}; kept: .*step-00000{saved}, from which the same command"
     with pytest.raises(KeyboardInterrupt, match=message):
@@ -164,9 +178,12 @@ def test_what_is_kept_is_not_overwritten_by_what_is_said(run, tmp_path, monkeypa
         run("run", overwrite=True)
 
 
-def test_random_kills_of_the_process():
-    """The benchmark's own check, of a shorter run."""
+def test_random_kills_of_the_process(tmp_path):
+    """The benchmark's own check, of a shorter run on fewer rows."""
+    rows = (ROOT / "demo/data/intent_train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:200]))
     small = {"steps": 8, "seq_length": 64, "batch_size": 4, "n_sample_tokens": 1000}
+    small["data"] = str(tmp_path / "rows.jsonl")
     small["gradient_checkpointing"] = "false"  # without the rehearsal of a step
     program = f"import kills; kills.KEYS |= {small}; kills.main()"
     command = [sys.executable, "-c", program, "--kills", "1"]
@@ -228,9 +245,8 @@ def die():
     "file", ["optimizer.safetensors", "state.json", "sha256.json", "optimizer-1.safetensors", None]
 )
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
-    run, tmp_path, monkeypatch, capsys, file
+    run, whole, tmp_path, monkeypatch, capsys, file
 ):
-    whole = result(run("whole"))
     stop_after(monkeypatch, 5, die)  # the fourth checkpoint is in its place then
     with pytest.raises(Killed):
         run("run")
@@ -253,8 +269,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     assert result(tmp_path / "run") == whole
 
 
-def test_all_checkpoints_damaged_begins_anew_and_says_so(run, tmp_path, monkeypatch, capsys):
-    whole = result(run("whole"))
+def test_all_checkpoints_damaged_begins_anew_and_says_so(run, whole, tmp_path, monkeypatch, capsys):
     stop_after(monkeypatch, 3, die)
     with pytest.raises(Killed):
         run("run")
@@ -267,8 +282,9 @@ def test_all_checkpoints_damaged_begins_anew_and_says_so(run, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 40, b"\xff\xfe\n", b"5\n{}\n", b'{"step": 4, "lo'])
-def test_anything_behind_the_checkpoint_in_metrics_is_passed_over(run, tmp_path, monkeypatch, tail):
-    whole = result(run("whole"))
+def test_anything_behind_the_checkpoint_in_metrics_is_passed_over(
+    run, whole, tmp_path, monkeypatch, tail
+):
     stop_after(monkeypatch, 4, die)
     with pytest.raises(Killed):
         run("run")
@@ -282,8 +298,7 @@ def test_anything_behind_the_checkpoint_in_metrics_is_passed_over(run, tmp_path,
         run("run")
 
 
-def test_what_lies_beside_a_run_and_what_was_changed_in_it(run, tmp_path, monkeypatch):
-    whole = result(run("whole"))
+def test_what_lies_beside_a_run_and_what_was_changed_in_it(run, whole, tmp_path, monkeypatch):
     stop_after(monkeypatch, 4, die)
     with pytest.raises(Killed):
         run("run")
@@ -326,10 +341,11 @@ def test_a_last_step_that_spoils_the_weights_gives_no_adapter(
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole(run, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before_whole(
+    run, whole_run, whole, tmp_path, monkeypatch
+):
     """A limit on the size of files stands in for the disk: both refuse the write."""
-    whole = result(run("whole"))
-    size = (tmp_path / "whole/checkpoints/step-000006/optimizer.safetensors").stat().st_size
+    size = (whole_run / "checkpoints/step-000006/optimizer.safetensors").stat().st_size
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = (size // 2, unlimited[1])
 

@@ -289,7 +289,10 @@ def test_the_report_shows_what_the_run_did(checkpoint, chat_file, tmp_path, monk
     train(lora)
     report(lora)
     text = (tmp_path / "lora/report.txt").read_text()
-    assert "selected" not in text and len(text.partition("\n\ntoken scores")[0].splitlines()[-1].split()) == 2
+    assert (
+        "selected" not in text
+        and len(text.partition("\n\ntoken scores")[0].splitlines()[-1].split()) == 2
+    )
     monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda name: None)
     assert report(config) == ["report.txt"]
     assert "\ntoken scores of 8 experts, from 0" in (tmp_path / "run/report.txt").read_text()
