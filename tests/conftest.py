@@ -1,6 +1,7 @@
 """Tiny checkpoints written by transformers, an oracle that nobody here wrote, and a tiny
 tokenizer."""
 
+import gc
 import os
 import random
 import signal
@@ -316,6 +317,14 @@ def pytest_collection_modifyitems(items) -> None:
     that begins last would leave the other worker without work."""
     first = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 99)
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector would look through all that was imported, again and again: 3 to 13%
+    of a file's time. A model may hold itself in a circle, so old objects are still collected, but
+    seldom."""
+    gc.freeze()
+    gc.set_threshold(700, 10, 1000)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ null, and the gradients of the first step in NAME.R.safetensors.
 "command" is the arguments of a command, as ["train_ep.py", "--config", ...]. Rank R leaves its
 status, stdout and stderr in command.R.json."""
 
+import gc
 import io
 import itertools
 import json
@@ -157,6 +158,8 @@ def lives(process: int) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
+    gc.set_threshold(700, 10, 1000)
     # What is compiled runs as the compiler's back end would get it, which takes half a minute.
     torch.compile = partial(torch.compile, backend="aot_eager")
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])

@@ -1,7 +1,6 @@
 """The rows of compare.py are those of runs of train.py alone, also after kills. Mistakes in any
 method are found before the first one runs."""
 
-import gc
 import json
 import os
 import signal
@@ -20,14 +19,6 @@ TIMES = {"seconds"}
 
 class Killed(BaseException):
     """As a kill: nothing handles it."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_old_to_collect():
-    """The collections of compare.py pass over what other modules hold, which takes long."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
