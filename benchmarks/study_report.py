@@ -5,6 +5,7 @@
 Mean and standard deviation (n - 1) are over the seeds."""
 
 import argparse
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -50,12 +51,12 @@ def best(runs: list[dict], least: float = 1.0) -> tuple[float, int]:
 def spread(runs: list[dict], name: str) -> tuple[float, float]:
     """Returns mean and standard deviation of a score."""
     values = [run[name] for run in runs]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def score_cell(runs: list[dict], name: str) -> str:
     mean, deviation = spread(runs, name)
-    return f" {mean:.3f} ± {deviation:.3f} |"
+    return f" {mean:.3f} |" if math.isnan(deviation) else f" {mean:.3f} ± {deviation:.3f} |"
 
 
 def mean_of_skills(runs: list[dict], task: str) -> tuple[float, float]:
@@ -67,8 +68,8 @@ def mean_of_skills(runs: list[dict], task: str) -> tuple[float, float]:
 
 def table_of(results: dict) -> list[str]:
     """Returns the rows of the main table for one size."""
-    tasks = list(dict.fromkeys(run["task"] for run in results["testing"]))
-    seeds = {run["seed"] for run in results["testing"]}
+    tasks = list(dict.fromkeys(run["task"] for run in results["tested"]))
+    seeds = {run["seed"] for run in results["tested"]}
     lines = [
         f"\n### {results['size']}, {len(seeds)} seeds, {results['bases']} bases\n",
         "| | trained | " + " | ".join(f"{t}: rate | task | general" for t in tasks) + " |",
@@ -79,28 +80,36 @@ def table_of(results: dict) -> list[str]:
         runs = of(results["before"], task=task, part="test")
         line += " |" + "".join(score_cell(runs, n) for n in SCORES)
     lines.append(line)
-    for method in [m for m in NAMES if of(results["testing"], method=m)]:
-        runs = of(results["testing"], method=method)
+    for method in [m for m in NAMES if of(results["tested"], method=m)]:
+        runs = of(results["tested"], method=method)
         share = statistics.fmean(r["trained_parameters"] / r["all_parameters"] for r in runs)
         line = f"| {NAMES[method]} | {share:.1%} |"
         for task in tasks:
-            seeds = of(runs, task=task)
-            run = seeds[0]
-            steps = f", {run['steps']} steps" if method == "early" else ""
-            line += f" {run['learning_rate']:.2g}{steps} |"
+            if not (seeds := of(runs, task=task)):
+                line += " | | |"
+                continue
+            steps = f", {seeds[0]['steps']} steps" if method == "early" else ""
+            line += f" {seeds[0]['learning_rate']:.3g}{edge_of(results, seeds[0])}{steps} |"
             line += "".join(score_cell(seeds, n) for n in SCORES)
         lines.append(line)
     return lines
 
 
+def edge_of(results: dict, run: dict) -> str:
+    """Returns a mark for a learning rate that is the lowest or highest of those that were tried."""
+    tried = of(results["tuning"], task=run["task"], method=run["method"])
+    rates = {other["learning_rate"] for other in tried}
+    at_edge = len(rates) > 1 and run["learning_rate"] in (min(rates), max(rates))
+    return " (edge)" if at_edge else ""
+
+
 def forgetting_of(results: dict) -> list[str]:
     """Returns the rows that say which skills lost how much."""
     lines = []
-    for task in dict.fromkeys(run["task"] for run in results["testing"]):
-        bases = of(results["before"], task=task, part="test")
-        before = mean_of_skills(bases, task)
+    for task in dict.fromkeys(run["task"] for run in results["tested"]):
+        before = mean_of_skills(of(results["before"], task=task, part="test"), task)
         for method in ("token", "full", "lora"):
-            runs = of(results["testing"], task=task, method=method)
+            runs = of(results["tested"], task=task, method=method)
             if not runs:
                 continue
             lost = [b - after for b, after in zip(before, mean_of_skills(runs, task))]
@@ -114,32 +123,40 @@ def forgetting_of(results: dict) -> list[str]:
     return lines
 
 
-def selections_of(results: dict) -> list[str]:
-    """Returns the rows that compare each selection with ESFT-Token's."""
-    lines = []
-    for task in dict.fromkeys(run["task"] for run in results["testing"]):
+def selections_of(results: dict) -> list[tuple[str, str, str]]:
+    """Returns selection, verdict and row of each comparison with ESFT-Token."""
+    found = []
+    for task in dict.fromkeys(run["task"] for run in results["tested"]):
+        token = {run["seed"]: run for run in of(results["tested"], task=task, method="token")}
         for method in VARIANTS:
-            if not of(results["testing"], task=task, method=method):
+            runs = of(results["tested"], task=task, method=method)
+            if len(runs) < 2 or not token:
                 continue
-            ours, theirs = (
-                {n: spread(of(results["testing"], task=task, method=m), n) for n in SCORES}
-                for m in ("token", method)
-            )
-            gains = {n: theirs[n][0] - ours[n][0] for n in ours}
-            noise = ours["general_score"][1] + theirs["general_score"][1]
+            gains = [{n: run[n] - token[run["seed"]][n] for n in SCORES} for run in runs]
+            (on_task, _), (general, deviation) = (spread(gains, n) for n in SCORES)
             verdict = "as good"
-            if gains["general_score"] > noise and gains["task_score"] >= -TOLERANCE:
+            if general > deviation:
                 verdict = "better"
-            if gains["general_score"] < -noise or gains["task_score"] < -TOLERANCE:
+            if general < -deviation or on_task < -TOLERANCE - 1e-9:
                 verdict = "worse"
-            lines.append(
-                f"| {results['size']} | {task} | {NAMES[method]} | {gains['task_score']:+.3f} | "
-                f"{gains['general_score']:+.3f} | {noise:.3f} | {verdict} |"
+            row = (
+                f"| {results['size']} | {task} | {NAMES[method]} | {on_task:+.3f} | "
+                f"{general:+.3f} ± {deviation:.3f} | {verdict} |"
             )
-    return lines
+            found.append((method, verdict, row))
+    return found
+
+
+def beats(method: str, compared: list[tuple[str, str, str]]) -> str:
+    """Returns what the rule says of a selection, over all sizes and tasks."""
+    verdicts = [verdict for name, verdict, _ in compared if name == method]
+    better, worse = verdicts.count("better"), verdicts.count("worse")
+    does = "beats" if better > len(verdicts) / 2 and not worse else "does not beat"
+    return f"better on {better}, worse on {worse} of {len(verdicts)}; {does} ESFT-Token"
 
 
 def text_of(studies: list[dict]) -> str:
+    compared = [found for results in studies for found in selections_of(results)]
     lines = ["## Task and general score, test files"]
     for results in studies:
         lines += table_of(results)
@@ -149,16 +166,24 @@ def text_of(studies: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
         *(line for results in studies for line in forgetting_of(results)),
         "\n## Selections with the parameters of ESFT-Token, less ESFT-Token\n",
-        "| base | task | selection | task | general | both deviations | |",
-        "|---|---|---|---|---|---|---|",
-        *(line for results in studies for line in selections_of(results)),
+        "| base | task | selection | task | general | |",
+        "|---|---|---|---|---|---|",
+        *(row for _, _, row in compared),
+        "",
+        *(f"- {NAMES[method]}: {beats(method, compared)}" for method in VARIANTS),
         "\n## Routing: of the 6 most used experts of a layer, how many two tasks share\n",
     ]
-    pairs = list(studies[0]["routing"]["shared_of_6"])
+    pairs = list(dict.fromkeys(pair for r in studies for pair in r["routing"]["shared_of_6"]))
     lines += [f"| base | {' | '.join(pairs)} |", "|---|" + "---|" * len(pairs)]
     for results in studies:
-        values = results["routing"]["shared_of_6"].values()
-        lines.append(f"| {results['size']} | {' | '.join(f'{v:.2f}' for v in values)} |")
+        values = results["routing"]["shared_of_6"]
+        cells = [f"{values[pair]:.2f}" if pair in values else "" for pair in pairs]
+        lines.append(f"| {results['size']} | {' | '.join(cells)} |")
+    lines.append("\n## Routing: the part of a task's tokens that its 6 most used experts get\n")
+    for results in studies:
+        held = results["routing"]["share_of_tokens_of_6"].items()
+        said = ", ".join(f"{name} {value:.0%}" for name, value in held)
+        lines.append(f"- {results['size']}: {said}")
     lines.append("\n## Seconds of each stage\n")
     for results in studies:
         stages = ", ".join(f"{name} {spent:.0f}" for name, spent in results["stages"].items())
@@ -171,22 +196,23 @@ def draw(studies: list[dict], path: Path) -> None:
     each method, a larger dot for a larger base."""
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(run["task"] for run in studies[0]["testing"]))
+    tasks = list(dict.fromkeys(run["task"] for r in studies for run in r["tested"]))
     figure = Figure(figsize=(5 * len(tasks), 5.6), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for task, axes in zip(tasks, panels):
         for colour, method in enumerate(NAMES):
             points = [
-                [spread(runs, name) for name in SCORES]
-                for results in studies
-                if (runs := of(results["testing"], task=task, method=method))
+                [30 * 2.2**i, *(spread(runs, name) for name in SCORES)]
+                for i, results in enumerate(studies)
+                if (runs := of(results["tested"], task=task, method=method))
             ]
             if not points:
                 continue
-            (x, dx), (y, dy) = (tuple(zip(*column)) for column in zip(*points))
+            areas, *both = zip(*points)
+            (x, dx), (y, dy) = (tuple(zip(*column)) for column in both)
             style = {"color": f"C{colour}", "alpha": 0.8}
             axes.errorbar(x, y, dy, dx, "-", linewidth=1, label=NAMES[method], **style)
-            axes.scatter(x, y, [30 * 2.2**i for i in range(len(x))], **style)
+            axes.scatter(x, y, areas, **style)
         axes.set(title=task, xlabel="task score", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("general score")
@@ -202,7 +228,7 @@ def report(folder: Path, sizes: list[str]) -> list[str]:
     """Prints the tables of the sizes that have results, draws the figure, and returns its file."""
     files = [folder / f"study_{size}.json" for size in sizes]
     studies = [read_json(path) for path in files if path.exists()]
-    studies = [results for results in studies if results.get("testing")]
+    studies = [results for results in studies if results.get("tested")]
     if not studies:
         raise SystemExit(f"{folder}: has no study_SIZE.json; run python benchmarks/study.py")
     print(text_of(studies))

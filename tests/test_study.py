@@ -1,5 +1,6 @@
 """The study of what methods learn and forget: its rule, its selections, its tables."""
 
+import argparse
 import sys
 
 import pytest
@@ -111,23 +112,67 @@ def test_the_table_tells_rivals_from_other_skills():
         {"task": "intent", "method": "token", "skills": skills | {"parse": 0.0, "copy": copy}}
         for copy in (0.4, 0.6)
     ]
-    results = {"size": "4M", "before": [before], "testing": runs}
+    results = {"size": "4M", "before": [before], "tested": runs}
     (line,) = study_report.forgetting_of(results)
     # parse lost 1, copy 0.5 on average: two thirds of the loss are the rivals'
     assert line.endswith("| parse, json | 0.500 | 0.062 | 67% |")
 
 
+def compared(task: float, general: list[float]) -> tuple[str, str, str]:
+    """The comparison of a selection with ESFT-Token on two bases, of which one forgets more."""
+    runs = []
+    for seed, (value, theirs) in enumerate(zip(general, (0.4, 0.8))):
+        runs.append({"method": "token", "task": "sum", "seed": seed, **result(0.92, theirs)})
+        runs.append({"method": "even", "task": "sum", "seed": seed, **result(task, value)})
+    (found,) = study_report.selections_of({"size": "4M", "tested": runs})
+    return found
+
+
 @pytest.mark.parametrize(
     "task, general, verdict",
     [
-        (0.9, [0.80, 0.82], "better"),
-        (0.9, [0.71, 0.73], "as good"),
-        (0.9, [0.60, 0.62], "worse"),
-        (0.8, [0.80, 0.82], "worse"),
+        (0.92, [0.50, 0.86], "better"),  # gains 0.1 and 0.06: the bases themselves do not count
+        (0.90, [0.50, 0.86], "better"),
+        (0.92, [0.50, 0.78], "as good"),
+        (0.92, [0.35, 0.70], "worse"),
+        (0.89, [0.50, 0.86], "worse"),
     ],
 )
-def test_a_selection_is_better_by_more_than_both_deviations(task, general, verdict):
-    runs = [{"method": "token", "task": "sum", **result(0.9, value)} for value in (0.70, 0.72)]
-    runs += [{"method": "even", "task": "sum", **result(task, value)} for value in general]
-    (line,) = study_report.selections_of({"size": "4M", "testing": runs})
-    assert line.split(" | ")[2] == "same number in every layer" and line.endswith(f" {verdict} |")
+def test_a_selection_is_better_by_more_than_its_gains_vary(task, general, verdict):
+    method, found, row = compared(task, general)
+    assert (method, found) == ("even", verdict) and row.endswith(f" {verdict} |")
+
+
+def test_a_selection_beats_another_if_it_is_never_worse():
+    better, worse = ("even", "better", ""), ("even", "worse", "")
+    as_good = ("even", "as good", "")
+    assert "; beats" in study_report.beats("even", [better, better, as_good])
+    assert "does not beat" in study_report.beats("even", [better, better, worse])
+    assert "does not beat" in study_report.beats("even", [better, as_good])
+    assert "does not beat" in study_report.beats("even", [])
+
+
+def test_a_rate_at_the_edge_of_those_tried_is_marked():
+    tuning = [{"task": "sum", "method": "full", "learning_rate": rate} for rate in (1, 2, 4)]
+    marks = [study_report.edge_of({"tuning": tuning}, run) for run in tuning]
+    assert marks == [" (edge)", "", " (edge)"]
+
+
+def of_size(tmp_path, **changes) -> study.Study:
+    given = {"work": str(tmp_path), "device": "cpu", "first_seed": 0, "seeds": 3} | changes
+    return study.Study(given.pop("name", "4M"), argparse.Namespace(**given))
+
+
+def test_results_of_other_seeds_or_bases_are_not_mixed(tmp_path):
+    path = tmp_path / "study_4M.json"
+    study.Progress(of_size(tmp_path), path, None).save()
+    study.Progress(of_size(tmp_path), path, None)
+    with pytest.raises(SystemExit, match="study_4M.json: is of another seeds; choose another"):
+        study.Progress(of_size(tmp_path, first_seed=3), path, None)
+    progress = study.Progress(of_size(tmp_path), path, None)
+    progress.results["pretraining"] = [{"seed": 1}]
+    progress.save()
+    with pytest.raises(SystemExit, match="base-1: is missing, but pretrained"):
+        study.Progress(of_size(tmp_path), path, None)
+    last = of_size(tmp_path, name="118M", first_seed=5)
+    assert {last.base(seed).name for seed in (5, 6, 7)} == {"base-5"}
