@@ -6,10 +6,10 @@
 
 A size is a shape of base. A seed pretrains a base of that shape on demo/make_data.py's ten skills,
 and draws all that the adaptations of this base draw; of 118M there is one base for all three seeds.
-Each method is adapted to each task at four
-learning rates with the first seed, scored on the validation files; and at the chosen rate with all
-seeds, scored on the test files. Everything is kept in --work: the same command goes on where one
-was stopped, and does nothing twice. Results are in benchmarks/results/study_SIZE.json.
+Each base is adapted to each task by each method: with the first seed at four learning rates, scored
+on the validation files; with all seeds at the chosen rate, scored on the test files. Everything is
+kept in --work: the same command goes on where one was stopped, and does nothing twice. Results are
+written to benchmarks/results/study_SIZE.json.
 
 The rule for the learning rate, the same for every method: of the rates whose task score is within
 0.02 of the method's best, the one with the best general score. Scores are exact match (intent: its
@@ -18,10 +18,10 @@ whose inputs or whose answers' format the task shares. Full fine-tuning that end
 of full fine-tuning, and the length with the best general score of those whose task score is within
 0.02 of ESFT-Token's (of its own best, if none is). Each length has a schedule of its own.
 
-A selection with ESFT-Token's number of parameters is compared with it seed by seed, on the same base.
-It is better if the mean of the gains in the general score is above their standard deviation, and the
-task score is at most 0.02 lower; worse if the mean is as far below, or the task score lower. It beats
-ESFT-Token if it is better on most pairs of size and task, and worse on none."""
+A selection with ESFT-Token's number of parameters is compared with it seed by seed, on the same
+base. It is better if the mean of the gains in the general score is above their standard deviation,
+and the task score is at most 0.02 lower; worse if the mean is as far below, or the task score
+lower. It beats ESFT-Token if it is better on most pairs of size and task, and worse on none."""
 
 import argparse
 import contextlib

@@ -395,10 +395,10 @@ def test_ranks_write_checkpoints_at_their_own_speed(bases, chats, tmp_path):
     twice, late = {"save_steps": 2}, {"steps": 20, "save_steps": 10, "eval_steps": 20}
     cases = [
         case("whole", twice),
-        case("first", twice, slow_disk={"0": 0.2}),
-        case("second", twice, slow_disk={"1": 0.2}),
-        case("no room", twice, slow_disk={"0": 0.2}, host_memory={"1": 0}),
-        case("full", late, slow_disk={"0": 1.0}, file_limit={"1": 3000}),
+        case("first", twice, slow_disk={"0": 0.5}),
+        case("second", twice, slow_disk={"1": 0.5}),
+        case("no room", twice, slow_disk={"0": 0.5}, host_memory={"1": 0}),
+        case("full", late, slow_disk={"0": 3.0}, file_limit={"1": 3000}),
     ]
     run_on_ranks(2, tmp_path, cases=cases)
     assert len(contents(tmp_path / "whole")) == 4  # two files each of steps 4 and 5
