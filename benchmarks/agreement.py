@@ -67,7 +67,7 @@ def gather(gradients: dict[str, torch.Tensor], n_experts: int) -> dict[str, torc
 
 def main() -> None:
     args = command_line(__doc__).parse_args()
-    device, rows, length = ("cpu", 2, 32) if args.tiny else ("cuda", 4, 1024)
+    device, rows, length = ("cpu", 2, 32) if args.tiny else ("cuda", 4, 2048)
     fields = V2_LITE | (TINY if args.tiny else SMALL)
     config = ModelConfig(**fields)
     model = random_model(config, device)
