@@ -59,11 +59,11 @@ def score_cell(runs: list[dict], name: str) -> str:
     return f" {mean:.3f} |" if math.isnan(deviation) else f" {mean:.3f} ± {deviation:.3f} |"
 
 
-def mean_of_skills(runs: list[dict], task: str) -> tuple[float, float]:
+def mean_of_skills(run: dict, task: str) -> tuple[float, float]:
     """Returns the mean score of a task's rivals, and of the other skills."""
-    pairs = [(skill in RIVALS[task], v) for run in runs for skill, v in run["skills"].items()]
-    rivals, others = ([v for is_rival, v in pairs if is_rival == kind] for kind in (True, False))
-    return statistics.fmean(rivals), statistics.fmean(others)
+    skills = run["skills"]
+    others = [value for skill, value in skills.items() if skill not in RIVALS[task]]
+    return statistics.fmean(skills[name] for name in RIVALS[task]), statistics.fmean(others)
 
 
 def table_of(results: dict) -> list[str]:
@@ -71,7 +71,8 @@ def table_of(results: dict) -> list[str]:
     tasks = list(dict.fromkeys(run["task"] for run in results["tested"]))
     seeds = {run["seed"] for run in results["tested"]}
     lines = [
-        f"\n### {results['size']}, {len(seeds)} seeds, {results['bases']} bases\n",
+        f"\n### {results['size']}: seeds {', '.join(map(str, sorted(seeds)))}; "
+        f"bases pretrained: {results['bases']}\n",
         "| | trained | " + " | ".join(f"{t}: rate | task | general" for t in tasks) + " |",
         "|---|---|" + "---|---|---|" * len(tasks),
     ]
@@ -104,22 +105,20 @@ def edge_of(results: dict, run: dict) -> str:
 
 
 def forgetting_of(results: dict) -> list[str]:
-    """Returns the rows that say which skills lost how much."""
+    """Returns the rows that say which skills lost how much, each base compared with itself."""
     lines = []
     for task in dict.fromkeys(run["task"] for run in results["tested"]):
-        before = mean_of_skills(of(results["before"], task=task, part="test"), task)
-        for method in ("token", "full", "lora"):
-            runs = of(results["tested"], task=task, method=method)
-            if not runs:
-                continue
-            lost = [b - after for b, after in zip(before, mean_of_skills(runs, task))]
-            count = len(RIVALS[task])
-            total = lost[0] * count + lost[1] * (10 - count)
-            part = f"{lost[0] * count / total:.0%}" if total > 0.05 else "-"
-            lines.append(
-                f"| {results['size']} | {task} | {NAMES[method]} | {', '.join(RIVALS[task])} | "
-                f"{lost[0]:.3f} | {lost[1]:.3f} | {part} |"
-            )
+        for method in [m for m in NAMES if of(results["tested"], task=task, method=m)]:
+            lost = []
+            for run in of(results["tested"], task=task, method=method):
+                (base,) = of(results["before"], task=task, seed=run["seed"], part="test")
+                rivals, others = (
+                    before - after
+                    for before, after in zip(mean_of_skills(base, task), mean_of_skills(run, task))
+                )
+                lost.append({"rivals": rivals, "others": others})
+            cells = "".join(score_cell(lost, name) for name in ("rivals", "others"))
+            lines.append(f"| {results['size']} | {task} | {NAMES[method]} |{cells}")
     return lines
 
 
@@ -157,13 +156,18 @@ def beats(method: str, compared: list[tuple[str, str, str]]) -> str:
 
 def text_of(studies: list[dict]) -> str:
     compared = [found for results in studies for found in selections_of(results)]
-    lines = ["## Task and general score, test files"]
+    lines = [
+        "## Task and general score, test files\n",
+        "(edge): the lowest or highest of the learning rates that were tried",
+    ]
     for results in studies:
         lines += table_of(results)
     lines += [
         "\n## Which skills are forgotten\n",
-        "| base | task | method | rivals | they lose | others lose | rivals' part of the loss |",
-        "|---|---|---|---|---|---|---|",
+        *(f"- rivals of {task}: {', '.join(skills)}" for task, skills in RIVALS.items()),
+        "",
+        "| base | task | method | rivals lose | others lose |",
+        "|---|---|---|---|---|",
         *(line for results in studies for line in forgetting_of(results)),
         "\n## Selections with the parameters of ESFT-Token, less ESFT-Token\n",
         "| base | task | selection | task | general | |",
@@ -192,14 +196,14 @@ def text_of(studies: list[dict]) -> str:
 
 
 def draw(studies: list[dict], path: Path) -> None:
-    """Draws task against general score: a panel a task, a line from the small to the large base for
-    each method, a larger dot for a larger base."""
+    """Draws task against general score: a row a task, on the right its upper end again. A line goes
+    from the small to the large base of each method; a larger dot is a larger base."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(run["task"] for r in studies for run in r["tested"]))
-    figure = Figure(figsize=(5 * len(tasks), 5.6), layout="constrained")
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for task, axes in zip(tasks, panels):
+    figure = Figure(figsize=(12, 4.6 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(2, 3))
+    for task, row in zip(tasks, panels):
         for colour, method in enumerate(NAMES):
             points = [
                 [30 * 2.2**i, *(spread(runs, name) for name in SCORES)]
@@ -211,17 +215,20 @@ def draw(studies: list[dict], path: Path) -> None:
             areas, *both = zip(*points)
             (x, dx), (y, dy) = (tuple(zip(*column)) for column in both)
             style = {"color": f"C{colour}", "alpha": 0.8}
-            axes.errorbar(x, y, dy, dx, "-", linewidth=1, label=NAMES[method], **style)
-            axes.scatter(x, y, areas, **style)
-        axes.set(title=task, xlabel="task score", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("general score")
+            for axes in row:
+                axes.errorbar(x, y, dy, dx, "-", linewidth=1, label=NAMES[method], **style)
+                axes.scatter(x, y, areas, **style)
+        row[0].set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel=f"{task}: general score")
+        row[1].set(xlim=(0.9, 1.004), ylim=(0.45, 1.0))
+        for axes in row:
+            axes.set_xlabel("task score")
+            axes.grid(alpha=0.3)
     sizes = ", ".join(results["size"] for results in studies)
     figure.suptitle(f"After adaptation: a larger dot is a larger base ({sizes})")
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=100)
+        figure.savefig(part, format="png", dpi=80)
 
 
 def report(folder: Path, sizes: list[str]) -> list[str]:

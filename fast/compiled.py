@@ -23,7 +23,7 @@ def compiled_block(tuned: bool) -> Callable:
     for asks_machine in (kernels_run, on_hopper):  # here, as it imports the compiler, for a second
         torch.compiler.assume_constant_result(asks_machine)
     # A kernel that sums along both dimensions, as it serves trained norms, may write wrong
-    # gradients without an error (pytorch 190796, 193061).
+    # gradients without an error (pytorch 193061).
     options = {"triton.mix_order_reduction": False, "coordinate_descent_tuning": tuned}
     return torch.compile(Block.forward, dynamic=False, options=options)
 

@@ -78,7 +78,6 @@ BENCHMARKS = [
     "full_path.py",
     "saving.py",
     "small_cards.py --rows 1 --steps 1 --cases 3",
-    "compare_methods.py tune --methods esft lora",
     "study.py",
 ]
 # One process runs them all: to import torch and transformers takes longer than most of them.

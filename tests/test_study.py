@@ -103,19 +103,18 @@ def test_the_table_tells_rivals_from_other_skills():
         ("parse", "json", "copy", "add", "sort", "fact", "count", "reverse", "translate"), 1.0
     )
     skills["sequence"] = 0.5
-    assert study_report.mean_of_skills([{"skills": skills | {"json": 0.0}}], "intent") == (
-        0.5,
-        0.9375,
-    )
-    before = {"task": "intent", "part": "test", "skills": skills}
+    run = {"skills": skills | {"json": 0.0}}
+    assert study_report.mean_of_skills(run, "intent") == (0.5, 0.9375)
+    before = {"task": "intent", "part": "test", "seed": 3, "skills": skills}
+    other = before | {"seed": 4, "skills": skills | {"parse": 0.5}}  # each base with itself
     runs = [
-        {"task": "intent", "method": "token", "skills": skills | {"parse": 0.0, "copy": copy}}
-        for copy in (0.4, 0.6)
+        {"task": "intent", "method": "token", "seed": seed, "skills": skills | lost}
+        for seed, lost in ((3, {"parse": 0.0, "copy": 0.2}), (4, {"parse": 0.0, "copy": 1.0}))
     ]
-    results = {"size": "4M", "before": [before], "tested": runs}
+    results = {"size": "4M", "before": [before, other], "tested": runs}
     (line,) = study_report.forgetting_of(results)
-    # parse lost 1, copy 0.5 on average: two thirds of the loss are the rivals'
-    assert line.endswith("| parse, json | 0.500 | 0.062 | 67% |")
+    # parse loses 1 and 0.5, one of two rivals; copy 0.8 and nothing, one of eight others
+    assert line.endswith("| ESFT-Token, p = 0.2 | 0.375 ± 0.177 | 0.050 ± 0.071 |")
 
 
 def compared(task: float, general: list[float]) -> tuple[str, str, str]:
