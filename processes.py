@@ -20,6 +20,7 @@ class SingleProcess:
     """One process: there is nothing to agree on."""
 
     rank, world_size = 0, 1
+    replica, replicas = 0, 1  # which copy of the model this rank has a part of, and of how many
 
     def on_first(self, function, *args, **options):
         """Runs the function on rank 0 alone. Returns its value, or raises its error, on all."""
@@ -73,6 +74,7 @@ class ManyProcesses(SingleProcess):
         From here on the first rank alone prints."""
         self.timeout = timedelta(seconds=timeout)
         store, self.rank, self.world_size = next(dist.rendezvous("env://", timeout=self.timeout))
+        self.replica, self.replicas = self.rank, self.world_size
         store = own_store(store, self.rank, self.world_size, timeout)
         options = {"rank": self.rank, "world_size": self.world_size, "timeout": self.timeout}
         dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), **options)

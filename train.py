@@ -213,7 +213,7 @@ def loop(job: Job, state: dict, started: float) -> float | None:
 
             last = state["step"] == config.steps
             if held_out is not None and (state["step"] % config.eval_steps == 0 or last):
-                loss = record["validation_loss"] = validate(config, job.model, held_out, step + 1)
+                loss = record["validation_loss"] = validate(job, step + 1)
                 if state["best_loss"] is None or loss < state["best_loss"]:
                     state["best_loss"] = loss
                     job.save_adapter()
@@ -287,16 +287,18 @@ def losses_of(
 
 
 @torch.no_grad()
-def validate(config: TrainConfig, model: Transformer, rows: Rows, step: int) -> float:
-    """Returns the mean cross-entropy over all labels of the validation rows. Raises
-    FloatingPointError, which names the layer, if it is not finite: then the weights are bad."""
+def validate(job: Job, step: int) -> float:
+    """Returns the mean cross-entropy over all labels of the validation rows, which the replicas of
+    the model share. Raises FloatingPointError, which names the layer, if it is not finite."""
+    config, ranks, rows = job.config, job.ranks, job.inputs.held_out
     total = torch.zeros((), dtype=torch.float64, device=config.device)
-    for part in rows.split(config.micro_batch):
-        losses, _ = losses_of(config, model, part)
-        total += losses.double().sum()
+    share = len(rows.tokens), config.micro_batch, ranks.replica, ranks.replicas
+    for mine in filter(len, micro_batches(*share)):
+        total += losses_of(config, job.model, rows.take(mine))[0].double().sum()
+    total = ranks.sum(total) * ranks.replicas / ranks.world_size  # a replica's ranks have the same
     loss = total.item() / rows.learned.sum().item()
     if not math.isfinite(loss):
-        bad = not_finite(model, rows.tokens.tolist())
+        bad = not_finite(job.model, rows.tokens.tolist())
         raise FloatingPointError(f"step {step}: the validation loss is {loss}: {bad}")
     return loss
 

@@ -241,13 +241,14 @@ class ExpertParallel(ManyProcesses):
         if ep_size < 1 or self.world_size % ep_size:
             raise ValueError(f"ep_size is {ep_size}; must divide the {self.world_size} ranks")
         self.ep_size, self.replicas = ep_size, self.world_size // ep_size
+        self.replica = self.rank // ep_size
         backend = "nccl" if device.startswith("cuda") else "gloo"
         ranks = torch.arange(self.world_size).view(self.replicas, ep_size)
         options = {"backend": backend, "timeout": self.timeout}
         # Global ranks: replicas may lie on several hosts. Every rank makes every group.
         members = {n: dist.new_group(row, **options) for n, row in enumerate(ranks.tolist())}
         same = {n: dist.new_group(column, **options) for n, column in enumerate(ranks.T.tolist())}
-        self.replica = members[self.rank // ep_size]
+        self.same_replica = members[self.replica]
         self.same_experts = same[self.rank % ep_size]
         self.world = dist.new_group(**options)
 
@@ -257,7 +258,7 @@ class ExpertParallel(ManyProcesses):
             reason = "the balance loss is of a whole micro-batch, but a rank has a part of it"
             needed = "--aux_loss_alpha 0 trains without it"
             raise ValueError(f"seq_aux is false in config.json: {reason}; {needed}")
-        split_experts(model, self.rank % self.ep_size, self.ep_size, self.replica)
+        split_experts(model, self.rank % self.ep_size, self.ep_size, self.same_replica)
 
     def reduce(self, gradients: dict[str, Tensor]) -> Tensor:
         experts = [g for name, g in gradients.items() if is_expert(name)]

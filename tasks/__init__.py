@@ -14,6 +14,7 @@ from pathlib import Path
 
 from chat import Tokenizer
 from model import ModelConfig, Transformer
+from processes import SingleProcess
 from tasks.common import Ask, Result, Task
 from tasks.judge import Judge
 
@@ -61,14 +62,24 @@ def check_lengths(
 
 
 def answer_file(
-    model: Transformer, tokenizer: Tokenizer, task: str, path: str | Path, max_new_tokens: int = 0
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: str,
+    path: str | Path,
+    max_new_tokens: int = 0,
+    ranks: SingleProcess = SingleProcess(),
 ) -> list[dict]:
-    """Returns a data file's examples with the model's answers. `max_new_tokens` 0: the task's."""
+    """Returns a data file's examples with the model's answers. `max_new_tokens` 0: the task's. The
+    replicas of the model on `ranks` share the examples."""
     ask = Ask(tokenizer)
     examples = read_examples(path, task, ask)
     new = max_new_tokens or TASKS[task].max_new_tokens
-    for i, answered in TASKS[task].predict(model, ask, examples, new):
-        examples[i] = answered
+    mine = examples[ranks.replica :: ranks.replicas]
+    for i, answered in TASKS[task].predict(model, ask, mine, new):
+        mine[i] = answered
+    # Ranks of one replica have the same answers.
+    for replica, theirs in enumerate(ranks.from_all(mine)[:: ranks.world_size // ranks.replicas]):
+        examples[replica :: ranks.replicas] = theirs
     return examples
 
 

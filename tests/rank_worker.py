@@ -105,7 +105,7 @@ def run_case(case: dict, ranks: RecordingRanks, folder: Path) -> None:
             vars(ranks).update(ranks.formed[ep_size], config=config)
         else:
             ranks.form_groups(config, ep_size)
-            groups = ("replica", "same_experts", "world", "ep_size", "replicas")
+            groups = ("same_replica", "same_experts", "world", "ep_size", "replica", "replicas")
             ranks.formed[ep_size] = {name: getattr(ranks, name) for name in groups}
         train(config, ranks)
     except ENDINGS as reason:

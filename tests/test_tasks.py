@@ -35,6 +35,7 @@ from chat import load_tokenizer
 from checkpoint import load_model
 from eval import rescore
 from files import write_lines
+from processes import SingleProcess
 from tasks import TASKS, Ask, answer_file, find_tasks, read_examples, score
 from tasks.judge import read_points
 from tasks.reasoning import without_reasoning
@@ -66,6 +67,27 @@ def test_a_task_is_added_with_one_file(checkpoint, tmp_path, monkeypatch):
     assert (result.mean, [record["score"] for record in result.records]) == (0.5, [1, 0])
     write_lines(tmp_path / "saved.jsonl", result.records)
     assert rescore(tmp_path / "saved.jsonl", "reverse") == (result, 2)
+
+
+def test_replicas_share_the_examples_of_a_file(checkpoint, tmp_path):
+    """Four ranks hold two replicas: this one, of the second, answers every second example."""
+
+    class Rank(SingleProcess):
+        world_size, replica, replicas = 4, 1, 2
+
+        def from_all(self, value: list) -> list:
+            self.answered = value
+            others = [{"raw_answers": [str(i)], "raw_prediction": "theirs"} for i in (0, 2, 4)]
+            return [others, others, value, value]
+
+    rows = [{"prompt": f"User: {i}\n\nAssistant:", "raw_answers": [str(i)]} for i in range(5)]
+    data, rank = write_rows(tmp_path / "data.jsonl", rows), Rank()
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    alone = answer_file(model, tokenizer, "exact", data, 2)
+    together = answer_file(model, tokenizer, "exact", data, 2, rank)
+    assert rank.answered == alone[1::2]
+    assert together[1::2] == alone[1::2]
+    assert [e["raw_answers"] for e in together] == [row["raw_answers"] for row in rows]
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path, monkeypatch):

@@ -151,6 +151,14 @@ def assert_same(alone, run, recorded: dict, parts: list[dict]) -> None:
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (mine[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+    for file in alone.glob("eval/*.json*"):  # the replicas share the examples
+        pairs = (map(json.loads, open(folder / "eval" / file.name)) for folder in (run, alone))
+        for mine, theirs in zip(*pairs, strict=True):
+            if file.suffix == ".json":
+                mine, theirs = ([e["mean"] for e in each.values()] for each in (mine, theirs))
+                assert mine == pytest.approx(theirs, rel=1e-5)
+            else:
+                assert mine["example"]["prompt"] == theirs["example"]["prompt"]
     for name in ("expert_cfg.json", "adapter/expert_cfg.json", "adapter/adapter_config.json"):
         if (alone / name).exists():
             assert (run / name).read_bytes() == (alone / name).read_bytes()
@@ -167,6 +175,9 @@ def runs(bases, chats, tmp_path_factory):
     }
     first = folder / "first.json"  # trained experts are all on the first of four ranks
     first.write_text(json.dumps({"experts": {"1": [1], "2": [0, 1]}}))
+    asked = folder / "asked.jsonl"  # fewer examples than ranks
+    row = {"prompt": "User: Say ab\n\nAssistant:", "raw_answers": ["ab"]}
+    asked.write_text("".join(json.dumps(row | {"raw_answers": [a]}) + "\n" for a in "abc"))
     cases |= {
         "few": (bases["deepseek_v2"], {"expert_config": str(first)}),
         "few.checkpointing": (
@@ -189,6 +200,8 @@ def runs(bases, chats, tmp_path_factory):
                 "batch_size": 2,
                 "gradient_accumulation_steps": 1,
                 "gradient_checkpointing": "auto",
+                "eval_sets": [f"exact:{asked}", f"loss:{chats}"],
+                "max_new_tokens": 3,
             },
         ),
     }

@@ -35,7 +35,8 @@ def evaluate(
         for i, entry in enumerate(config.eval_sets, 1):
             task, _, path = entry.partition(":")
             print_heading(f"evaluating {when} training: {task} on {path}")
-            examples = answer_file(model, inputs.tokenizer, task, path, config.max_new_tokens)
+            how = config.max_new_tokens, output.ranks
+            examples = answer_file(model, inputs.tokenizer, task, path, *how)
             means[entry] = output.ranks.on_first(conclude, i, task, path, examples)
             print(f"{means[entry]['metric']} {means[entry]['mean']:.3f}", flush=True)
         return means
