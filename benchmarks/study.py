@@ -1,6 +1,6 @@
 """Does ESFT forget less? Bases of three sizes from nothing, adapted to tasks by every method.
 
-    python benchmarks/study.py --sizes 4M 26M 118M --device cuda --jobs 14
+    python benchmarks/study.py --sizes 4M 26M 118M --device cuda --jobs 12
     python benchmarks/study_report.py           # the tables and the figure of what was measured
     python benchmarks/study.py --tiny           # the same code on a CPU, in seconds
 
@@ -55,7 +55,7 @@ from study_report import best, of, report  # noqa: E402
 
 from adapter import load_adapter, mark_trainable  # noqa: E402
 from chat import load_tokenizer  # noqa: E402
-from checkpoint import choose_dtype, load_model  # noqa: E402
+from checkpoint import check_device, choose_dtype, load_model  # noqa: E402
 from compare import leave_nothing  # noqa: E402
 from data import encode_file, pack, sample_tokens  # noqa: E402
 from files import read_json, write_json, write_lines, write_text  # noqa: E402
@@ -533,16 +533,20 @@ def main() -> None:
     add("--tasks", nargs="+", choices=TASKS, default=tasks, help="(default: intent and order)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
     add("--work", default="runs/study", help="folder for bases and runs (default: runs/study)")
-    add("--results", default=str(RESULTS), help="folder of study_SIZE.json")
+    add("--results", default=str(RESULTS), help="folder of study_SIZE.json (default: %(default)s)")
     said = "another one repeats the study with other bases (default: 0)"
     add("--seeds", type=int, default=SEEDS, help="how many (default: 3)")
     add("--first_seed", type=int, default=0, help=said)
     add("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
-    add("--jobs", type=int, default=1, help="runs at the same time, one core each")
-    add("--tiny", action="store_true", help="a base of two layers, in a scratch folder")
+    add("--jobs", type=int, default=1, help="runs at the same time, one core each (default: 1)")
+    add("--tiny", action="store_true", help="checks the code on a base of two layers")
     args = parser.parse_args()
     if "early" in args.methods and not {"full", "token"} <= set(args.methods):
         parser.error("--methods early needs full, whose rate it takes, and token, its measure")
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least 1 is required")
     args.tasks = list(dict.fromkeys(args.tasks))

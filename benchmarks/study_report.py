@@ -196,8 +196,9 @@ def text_of(studies: list[dict]) -> str:
 
 
 def draw(studies: list[dict], path: Path) -> None:
-    """Draws task against general score: a row a task, on the right its upper end again. A line goes
-    from the small to the large base of each method; a larger dot is a larger base."""
+    """Draws task against general score: a row a task. A line goes from the small to the large base
+    of each method; a larger dot is a larger base. On the right stands the upper end again, without
+    the selections of VARIANTS and the spread of the task score."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(run["task"] for r in studies for run in r["tested"]))
@@ -215,7 +216,9 @@ def draw(studies: list[dict], path: Path) -> None:
             areas, *both = zip(*points)
             (x, dx), (y, dy) = (tuple(zip(*column)) for column in both)
             style = {"color": f"C{colour}", "alpha": 0.8}
-            for axes in row:
+            for axes, dx in zip(row, (dx, None)):
+                if method in VARIANTS and axes is row[1]:
+                    continue
                 axes.errorbar(x, y, dy, dx, "-", linewidth=1, label=NAMES[method], **style)
                 axes.scatter(x, y, areas, **style)
         row[0].set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel=f"{task}: general score")
@@ -224,7 +227,7 @@ def draw(studies: list[dict], path: Path) -> None:
             axes.set_xlabel("task score")
             axes.grid(alpha=0.3)
     sizes = ", ".join(results["size"] for results in studies)
-    figure.suptitle(f"After adaptation: a larger dot is a larger base ({sizes})")
+    figure.suptitle(f"After adaptation: a larger dot is a larger base ({sizes}); bars are ± 1 sd")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     with replacing(path) as part:
@@ -237,7 +240,8 @@ def report(folder: Path, sizes: list[str]) -> list[str]:
     studies = [read_json(path) for path in files if path.exists()]
     studies = [results for results in studies if results.get("tested")]
     if not studies:
-        raise SystemExit(f"{folder}: has no study_SIZE.json; run python benchmarks/study.py")
+        needed = "run python benchmarks/study.py to its end"
+        raise SystemExit(f"{folder}: has no study_SIZE.json with scores on test files; {needed}")
     print(text_of(studies))
     draw(studies, folder / "study.png")
     print(f"wrote {folder / 'study.png'}")
