@@ -63,7 +63,7 @@ def exchange_seconds(config: ModelConfig, tokens: int, parallel: ExpertParallel,
     got = torch.empty_like(sent)
 
     def run() -> None:
-        dist.all_to_all_single(got, sent, group=parallel.replica)
+        dist.all_to_all_single(got, sent, group=parallel.same_replica)
 
     return median_seconds(run, device, steps, burn_in=3)
 
