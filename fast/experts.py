@@ -274,8 +274,8 @@ def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
     """out (S, D), sorted -> the sum of each token's K slots (N, D). It has no backward."""
     if K == 1:
         return out[inverse]
-    # Compiled code, too, calls this kernel. Torch fused the sum into the gradient of the norm before
-    # it: that kernel stored a value and read it back without a barrier (pytorch 190519).
+    # Compiled code, too, calls this kernel. Torch fused the sum into the gradient of the norm
+    # before, stored a value there, and read it back without a barrier (pytorch 190519).
     if has_kernels(out):
         return kernels.sum_slots(out, inverse, K)
     # On a CPU this is one pass, without a copy of the slots in another order.

@@ -78,7 +78,7 @@ BENCHMARKS = [
     "full_path.py",
     "saving.py",
     "small_cards.py --rows 1 --steps 1 --cases 3",
-    "study.py",
+    "study.py --methods token relative full early",
 ]
 # One process runs them all: to import torch and transformers takes longer than most of them.
 RUN_ALL = """
