@@ -465,7 +465,7 @@ class Progress:
         return (f.result() for f in as_completed([self.pool.submit(call) for call in calls]))
 
     def save(self) -> None:
-        write_json(self.path, self.results, indent=1)
+        write_json(self.path, self.results)
 
 
 def run_size(progress: Progress, tasks: list[str], methods: list[str]) -> None:

@@ -104,6 +104,19 @@ def edge_of(results: dict, run: dict) -> str:
     return " (edge)" if at_edge else ""
 
 
+def tuning_of(results: dict) -> list[str]:
+    """Returns the rows that say which rate the rule chose, and its scores on validation files."""
+    lines, tuned = [], results.get("tuning", [])
+    for task, method in dict.fromkeys((run["task"], run["method"]) for run in tuned):
+        runs = of(tuned, task=task, method=method)
+        if method != "early":  # what it is chosen by is the score of another method
+            (run,) = of(runs, learning_rate=best(runs)[0])
+            scores = " | ".join(f"{run[name]:.3f}" for name in SCORES)
+            row = f"| {results['size']} | {task} | {NAMES[method]} |"
+            lines.append(f"{row} {run['learning_rate']:.3g}{edge_of(results, run)} | {scores} |")
+    return lines
+
+
 def forgetting_of(results: dict) -> list[str]:
     """Returns the rows that say which skills lost how much, each base compared with itself."""
     lines = []
@@ -235,13 +248,20 @@ def draw(studies: list[dict], path: Path) -> None:
 
 
 def report(folder: Path, sizes: list[str]) -> list[str]:
-    """Prints the tables of the sizes that have results, draws the figure, and returns its file."""
+    """Prints the tables of the sizes that have results, draws the figure of those that are whole,
+    and returns its file."""
     files = [folder / f"study_{size}.json" for size in sizes]
     studies = [read_json(path) for path in files if path.exists()]
+    tuned = [line for results in studies for line in tuning_of(results)]
+    if not tuned:
+        raise SystemExit(f"{folder}: has no study_SIZE.json with runs; see benchmarks/study.py")
+    print("## Chosen learning rates: scores on the validation files, first seed\n")
+    print("| base | task | method | rate | task | general |\n|---|---|---|---|---|---|")
+    print("\n".join(tuned), "\n", sep="")
     studies = [results for results in studies if results.get("tested")]
     if not studies:
-        needed = "run python benchmarks/study.py to its end"
-        raise SystemExit(f"{folder}: has no study_SIZE.json with scores on test files; {needed}")
+        print("no study is whole: run python benchmarks/study.py again, it goes on")
+        return []
     print(text_of(studies))
     draw(studies, folder / "study.png")
     print(f"wrote {folder / 'study.png'}")

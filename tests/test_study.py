@@ -14,6 +14,7 @@ import study_report
 
 from checkpoint import load_model
 from data import IGNORE, Rows
+from files import write_json
 from model import token_losses
 
 
@@ -149,12 +150,34 @@ def test_a_selection_beats_another_if_it_is_never_worse():
     assert "does not beat" in study_report.beats("even", [better, better, worse])
     assert "does not beat" in study_report.beats("even", [better, as_good])
     assert "does not beat" in study_report.beats("even", [])
+    assert "; beats" in study_report.beats("even", [better, ("gradient", "worse", "")])
 
 
 def test_a_rate_at_the_edge_of_those_tried_is_marked():
     tuning = [{"task": "sum", "method": "full", "learning_rate": rate} for rate in (1, 2, 4)]
-    marks = [study_report.edge_of({"tuning": tuning}, run) for run in tuning]
+    others = [{"task": "sum", "method": "lora"}, {"task": "order", "method": "full"}]
+    results = {"tuning": tuning + [other | {"learning_rate": 8} for other in others]}
+    marks = [study_report.edge_of(results, run) for run in tuning]
     assert marks == [" (edge)", "", " (edge)"]
+
+
+def test_a_study_that_was_cut_off_says_what_was_tuned(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="has no study_SIZE.json with runs"):
+        study_report.report(tmp_path, ["4M"])
+    tuning = [
+        {"task": "sum", "method": method, "steps": 9, **result(*scores, rate)}
+        for method, rate, scores in (
+            ("full", 1.0, (0.95, 0.9)),
+            ("full", 2.0, (0.99, 0.7)),
+            ("full", 4.0, (1.0, 0.6)),
+            ("lora", 1.0, (0.5, 0.9)),
+        )
+    ]
+    write_json(tmp_path / "study_4M.json", {"size": "4M", "tuning": tuning})
+    assert study_report.report(tmp_path, ["4M", "26M"]) == []
+    said = capsys.readouterr().out
+    assert "| 4M | sum | full fine-tuning | 2 | 0.990 | 0.700 |" in said
+    assert "| 4M | sum | LoRA, rank 8, scaling 2 | 1 | 0.500 | 0.900 |" in said
 
 
 def of_size(tmp_path, **changes) -> study.Study:
