@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from families import file_prefix
 from files import read_json, replacing, write_json
 from lora import Update, adaptable, linears, lora_parameters
-from model import ModelConfig, MoE, Transformer
+from model import MLP, ModelConfig, MoE, Transformer
 from stored_tensors import StoredTensor, open_tensors, read_header
 
 PEFT_PREFIX = "base_model.model."
@@ -294,7 +294,7 @@ def selected_tensors(
         for name, moe in model.named_modules()
         if isinstance(moe, MoE)
         for e, expert in enumerate(moe.experts)
-        if isinstance(expert, nn.Identity)
+        if not isinstance(expert, MLP)
     )
     selecting = "adapter_config.json" if prefix else "expert_cfg.json"
     is_peft, prefix = bool(prefix), prefix or file_prefix(model.config)

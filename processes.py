@@ -10,10 +10,19 @@ import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class Holders(NamedTuple):
+    """The ranks that hold a parameter."""
+
+    kind: str  # differs where the ranks differ
+    place: int  # of this rank among them
+    count: int
 
 
 class SingleProcess:
@@ -50,14 +59,20 @@ class SingleProcess:
     def split(self, model: nn.Module) -> None:
         """Takes out of a model without data what other ranks hold."""
 
-    def reduce(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Sums the gradients, in place, over the ranks that hold the same parameter. Returns the
-        norm of the whole model's gradient."""
-        return total_norm(gradients.values())
+    def holders(self, name: str) -> Holders:
+        """Returns which ranks hold the parameter of that name."""
+        return Holders("", 0, 1)
 
-    def saves(self, name: str) -> bool:
-        """Returns whether this rank saves the trained tensor of that name."""
-        return True
+    def start_sum(self, tensor: Tensor, name: str, owner: int) -> object | None:
+        """Starts to sum a tensor, in place, over the holders of a parameter; the sum is there on
+        the one whose place is `owner`, after `wait` of what this returns."""
+
+    def send(self, tensor: Tensor, name: str, owner: int) -> None:
+        """Copies a tensor from the holder of a parameter whose place is `owner` to the others."""
+
+    def norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Returns the norm of the gradients of all ranks."""
+        return total_norm(gradients.values())
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Returns the trained tensors of all ranks by name, on rank 0; elsewhere None."""

@@ -5,7 +5,7 @@ train_ep.py spreads the experts over many.
 
 What the loop stands on (config, optimizer, the run's directory, plan, report) is in training/.
 `ranks` is for train_ep.py. In one process on_all(f, x) and on_first(f, x) are f(x), sum(x) and
-gather(x) are x, from_all(x) is [x], and reduce(gradients) is their norm.
+gather(x) are x, from_all(x) is [x], and norm(gradients) is their norm.
 """
 
 import math
@@ -81,9 +81,9 @@ def run(config: TrainConfig, inputs: Inputs, output: RunDirectory, ranks: Single
     # The same on the whole base without data: over ranks, `model` lacks experts of other ranks.
     trained = mark_trained(config, inputs.whole, expert_cfg)
 
-    ranks.on_all(check_host_memory, parameters, config)
+    ranks.on_all(check_host_memory, parameters, config, ranks)
     config = settle_checkpointing(config, inputs, expert_cfg, output, compute_gradients)
-    optimizer = make_optimizer(parameters, config)
+    optimizer = make_optimizer(parameters, config, ranks)
     state = output.resume(optimizer, trained)
     print_start(config, inputs, expert_cfg, trained, state["step"])
     if not state["step"]:
@@ -195,7 +195,7 @@ def loop(job: Job, state: dict, started: float) -> float | None:
             rows = inputs.rows.take(numbers)
             row_losses = compute_gradients(config, job.model, rows, alpha, optimizer, ranks)
             row_losses = ranks.sum(row_losses)
-            norm = ranks.reduce(optimizer.gradients)
+            norm = ranks.norm(optimizer.gradients)
             record = {
                 "step": step + 1,
                 "loss": row_losses.sum().item(),

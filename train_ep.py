@@ -6,10 +6,12 @@ train.py.
 Of world_size ranks, ep_size neighbours form a replica. Together they hold the experts of all
 layers, in order; everything else is on every rank. Each rank has its own rows of a step. In a MoE
 layer its tokens go to the ranks of its replica that hold their experts, and come back. Dimensions
-as in model.py; R is the number of slots that arrive at a rank. How ranks meet is in processes.py.
+as in model.py; R is the number of ranks of a replica, T that of tokens that leave a rank, M that of
+tokens that arrive, each counted once a rank. How ranks meet is in processes.py.
 """
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from config import Parser, read_keys
 from fast.experts import sort_by_expert, sum_slots
 from model import ModelConfig, MoE, Transformer
-from processes import ManyProcesses, SingleProcess, total_norm
+from processes import Holders, ManyProcesses, SingleProcess, total_norm
 from train import compute_gradients, train
 from training.config import TrainConfig, config_parser
 from training.plan import plan
@@ -37,19 +39,23 @@ from training.stopping import ENDINGS, ending
 
 @dataclass
 class Route:
-    """How the slots of one layer travel: sorted by expert, and so by rank."""
+    """How tokens of one layer travel: once to each rank that holds some of their experts."""
 
-    order: Tensor  # (S,) as `sort_by_expert` returns it
-    inverse: Tensor  # (S,) likewise
-    K: int
-    sent: list[int]  # slots that go from here to each rank
-    arriving: list[int]  # slots that come here from each
+    token: Tensor  # (T,) those that go from here, side by side for each rank
+    inverse: Tensor  # (N * R,) as `sort_by_expert` returns it, with ranks in place of experts
+    sent: list[int]  # tokens that go from here to each rank
+    arriving: list[int]  # tokens that come here from each
+    slots: int  # of the experts here, among the tokens that come here
     group: dist.ProcessGroup | None
     under_way: list = None  # what `start` left for `finish`
 
-    def start(self, tensors: list[Tensor], back: bool) -> None:
-        """Starts to send tensors (slots, ...), the slots of each rank together; with `back`, from
-        the experts."""
+    def sum(self, x: Tensor) -> Tensor:
+        """x (T, ...), of tokens that came back -> the sum of each token's ranks (N, ...)."""
+        return sum_slots(x, self.inverse, len(self.sent))
+
+    def start(self, tensors: list[Tensor], back: bool = False) -> tuple[Tensor, ...]:
+        """Starts to send tensors (T, ...), or, `back` from the experts, (M, ...). Returns what will
+        hold those that come, after `finish`."""
         send, receive = (self.arriving, self.sent) if back else (self.sent, self.arriving)
         self.under_way = []
         for x in tensors:
@@ -60,6 +66,7 @@ class Route:
                 options = {"group": self.group, "async_op": True}
                 work = dist.all_to_all_single(out, x, receive, send, **options)
             self.under_way.append((out, work))
+        return tuple(out for out, _ in self.under_way)
 
     def finish(self) -> list[Tensor]:
         """Waits for what was sent here and returns it."""
@@ -70,123 +77,173 @@ class Route:
         return arrived
 
 
+# Each way has two ends, so that other work can be done in between. The backward of one end is the
+# other end of the way back. Autograd runs what was called last first, so that there, too, the same
+# work lies in between. What passes from `Depart` to `Arrive`, and from `Leave` to `Return`, may be
+# read behind the second only.
+
+
 class Depart(torch.autograd.Function):
-    """Starts to send the slots to their experts: x (N, D), weights (N, K) -> x (R, D), weights (R,)
-    of the R slots that come here, to be read after `Arrive`. Other work can be done in between. In
-    backward, `Arrive` starts and this waits."""
+    """Starts to send tokens to their experts: x (N, D), weights and indices (N, K) -> x (M, D) and
+    routing (M, 2K) of the M tokens that come here."""
 
     @staticmethod
-    def forward(ctx, x, weights, order, inverse, route):
-        ctx.save_for_backward(inverse)
+    def forward(ctx, x, weights, indices, route):
         ctx.route = route
-        slots = x.index_select(0, order // route.K)
-        route.start([slots, weights.flatten()[order]], back=False)
-        return tuple(out for out, _ in route.under_way)
+        ctx.set_materialize_grads(False)
+        routing = torch.cat([weights, indices.to(weights.dtype)], 1)  # float32 holds them exactly
+        return route.start([x.index_select(0, route.token), routing.index_select(0, route.token)])
 
     @staticmethod
     def backward(ctx, _, __):
-        (inverse,), K = ctx.saved_tensors, ctx.route.K
-        dslots, dweights = ctx.route.finish()
-        dx = sum_slots(dslots, inverse, K)
-        return dx, dweights[inverse].view(-1, K), None, None, None
+        return *map(ctx.route.sum, ctx.route.finish()), None, None
 
 
 class Arrive(torch.autograd.Function):
-    """Waits for what `Depart` sent."""
+    """Waits for what `Depart` sent: x (M, D), weights and indices (M, K)."""
 
     @staticmethod
-    def forward(ctx, x, weights, route):
+    def forward(ctx, x, routing, route):
         ctx.route = route
         route.finish()
-        return x.view_as(x), weights.view_as(weights)
+        weights, indices = routing.chunk(2, 1)
+        indices = indices.long()
+        ctx.mark_non_differentiable(indices)
+        return x.view_as(x), weights.contiguous(), indices
 
     @staticmethod
-    def backward(ctx, dx, dweights):
+    def backward(ctx, dx, dweights, _):
         ctx.route.start([dx, dweights], back=True)
-        return dx, dweights, None  # `Depart` has its own
+        return None, None, None  # `Depart` has its own
 
 
-class Return(torch.autograd.Function):
-    """Sends the experts' outputs (R, D) back to where the slots came from, and sums them (N, D).
+class Leave(torch.autograd.Function):
+    """Starts to send the experts' outputs y (M, D) back: -> (T, D).
 
     `anchor` requires a gradient and gets none. So the backward of every rank comes here, even if
     the rank trains nothing: otherwise the others would wait for it."""
 
     @staticmethod
-    def forward(ctx, y, anchor, order, inverse, route):
+    def forward(ctx, y, anchor, route):
+        ctx.route = route
+        ctx.set_materialize_grads(False)
+        return route.start([y], back=True)[0]
+
+    @staticmethod
+    def backward(ctx, _):
+        return *ctx.route.finish(), None, None
+
+
+class Return(torch.autograd.Function):
+    """Waits for what `Leave` sent, and sums it by token: (T, D) -> (N, D)."""
+
+    @staticmethod
+    def forward(ctx, out, route):
         # Save after the exchange: a checkpointed layer that runs again stops at the last tensor
         # that was saved, and all ranks must run the exchange.
-        route.start([y], back=True)
-        (slots,) = route.finish()
-        ctx.save_for_backward(order)
+        y = route.sum(*route.finish())
+        ctx.save_for_backward(route.token)
         ctx.route = route
-        return sum_slots(slots, inverse, route.K)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        (order,) = ctx.saved_tensors
-        ctx.route.start([dy.index_select(0, order // ctx.route.K)], back=False)
-        return *ctx.route.finish(), None, None, None, None
+        (token,) = ctx.saved_tensors
+        ctx.route.start([dy.index_select(0, token)])
+        return None, None  # `Leave` has its own
+
+
+class Elsewhere(nn.Module):
+    """Stands for an expert that another rank holds. It adds nothing to a token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
 
 class Exchange:
     """Stands in place of `MoE.all_experts` where the ranks of a group share a layer's experts. With
     gradients, each rank has its own tokens. Without (scoring, validation, evaluation), all have the
-    same tokens: each rank does its share of the work, and all get the same bits."""
+    same tokens: each rank does its share of the work, and all get the same bits.
 
-    def __init__(self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None):
-        self.moe, self.rank, self.size, self.group = moe, rank, size, group
+    With gradients, tokens travel in `parts`: while those of one part do, another part is with its
+    experts."""
+
+    def __init__(self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None, parts: int):
+        self.moe, self.rank, self.size, self.group, self.parts = moe, rank, size, group, parts
         self.anchor = torch.zeros((), requires_grad=True)
-        count = len(moe.experts) // size
-        self.held = range(rank * count, (rank + 1) * count)
-        for e in set(range(len(moe.experts))) - set(self.held):
-            moe.experts[e] = nn.Identity()  # it has no parameters, and an empty slice passes it
+        self.count = len(moe.experts) // size
+        for e in range(len(moe.experts)):
+            if e // self.count != rank:
+                moe.experts[e] = Elsewhere()
         moe.all_experts = self
 
     @torch.compiler.disable
     def __call__(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """As `MoE.all_experts`; x (N, D), weights and indices (N, K) -> (N, D)."""
         if torch.is_grad_enabled():
-            return self.run(x, weights, indices)
+            return self.run(x, weights, indices, self.parts)
         share = -(-len(x) // self.size)
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        y = self.run(x[mine], weights[mine], indices[mine])
+        y = self.run(x[mine], weights[mine], indices[mine], 1)
         padded = nn.functional.pad(y, (0, 0, 0, share - len(y)))
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded, group=self.group)
         return torch.cat(gathered)[: len(x)]
 
-    def route(self, indices: Tensor) -> tuple[Route, Tensor]:
-        """Returns how the slots of indices (N, K) travel, and the expert of each slot that arrives
-        here (R,). This waits for the GPU once, for how many slots go where."""
-        K = indices.shape[1]
-        order, inverse, ends = sort_by_expert(indices, len(self.moe.experts))
-        counts = ends.diff(prepend=ends.new_zeros(1))  # (E,) slots from here to each expert
-        ids = torch.arange(self.held.start, self.held.stop, device=indices.device)
-        if indices.is_meta:  # a plan assumes that tokens are spread evenly
-            even = [len(order) // self.size] * self.size
-            experts = ids.new_empty(sum(even))
-            return Route(order, inverse, K, even, even, self.group), experts
-        arriving = torch.empty_like(counts)  # (E,) from each rank to each expert here
-        dist.all_to_all_single(arriving, counts, group=self.group)
-        both = torch.stack([counts, arriving]).view(2, self.size, -1).sum(-1).tolist()
-        experts = ids.repeat(self.size).repeat_interleave(arriving, output_size=sum(both[1]))
-        return Route(order, inverse, K, *both, self.group), experts
+    def run(self, x: Tensor, weights: Tensor, indices: Tensor, parts: int) -> Tensor:
+        pieces = [*zip(*(tensor.tensor_split(parts) for tensor in (x, weights, indices)))]
+        routes = self.routes([indices for _, _, indices in pieces])
+        coming = [Depart.apply(*piece, route) for piece, route in zip(pieces, routes)]
+        shared = self.moe.shared_experts(x)  # while the first tokens travel
+        leaving = []
+        for sent, route in zip(coming, routes):
+            arrived = Arrive.apply(*sent, route)
+            self.moe.experts.slots_here = route.slots
+            y = self.moe.run_experts(self.moe, *arrived)
+            leaving.append(Leave.apply(y, self.anchor, route))
+        returned = [Return.apply(out, route) for out, route in zip(leaving, routes)]
+        return torch.cat(returned) + shared
 
-    def run(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        route, experts = self.route(indices)
-        sent = Depart.apply(x, weights, route.order, route.inverse, route)
-        shared = self.moe.shared_experts(x)  # while the slots travel
-        slots, slot_weights = Arrive.apply(*sent, route)
-        # Each slot that arrived is a token with one expert.
-        y = self.moe.run_experts(self.moe, slots, slot_weights[:, None], experts[:, None])
-        return Return.apply(y, self.anchor, route.order, route.inverse, route) + shared
+    def routes(self, pieces: list[Tensor]) -> list[Route]:
+        """Returns how the tokens of each piece travel, whose experts are indices (N, K). This waits
+        for the GPU once, for how many go where."""
+        orders, counts = [], []
+        ids = torch.arange(self.size, device=pieces[0].device)
+        for indices in pieces:
+            slots = (indices[..., None] // self.count == ids).sum(1)  # (N, R) of a token at a rank
+            orders.append(sort_by_expert(ids.where(slots > 0, self.size), self.size))
+            tokens = orders[-1][2].diff(prepend=ids.new_zeros(1))
+            counts.append(torch.stack([tokens, slots.sum(0)], 1))
+        numbers = self.exchanged(torch.stack(counts, 1), pieces)
+        routes = []
+        for (order, inverse, _), (there, here) in zip(orders, numbers):
+            sent, arriving = [n for n, _ in there], [n for n, _ in here]
+            token, slots = order[: sum(sent)] // self.size, sum(n for _, n in here)
+            routes.append(Route(token, inverse, sent, arriving, slots, self.group))
+        return routes
+
+    def exchanged(self, counts: Tensor, pieces: list[Tensor]) -> list:
+        """counts (R, parts, 2), of tokens and of slots from here to each rank -> for each part, this
+        and the same from each rank to here. A plan assumes that experts are drawn evenly."""
+        if counts.is_meta:
+            reached = ranks_reached(self.count, self.size, pieces[0].shape[1]) / self.size
+            even = [(round(len(p) * reached), p.numel() // self.size) for p in pieces]
+            return [([each] * self.size, [each] * self.size) for each in even]
+        coming = torch.empty_like(counts)
+        dist.all_to_all_single(coming, counts, group=self.group)
+        return torch.stack([counts, coming]).permute(2, 0, 1, 3).tolist()
 
 
-def split_experts(model: Transformer, rank: int, size: int, group=None) -> None:
+def ranks_reached(count: int, size: int, K: int) -> float:
+    """Returns to how many of `size` ranks, with `count` experts each, a token goes on average, if
+    its K experts are drawn evenly."""
+    return size * (1 - math.comb(count * (size - 1), K) / math.comb(count * size, K))
+
+
+def split_experts(model: Transformer, rank: int, size: int, group=None, parts: int = 1) -> None:
     """Takes out of the model the experts that other members of a group hold, and puts an `Exchange`
-    into each layer. This is member `rank` of `size`. Raises ValueError if there are no equal
-    parts."""
+    into each layer. This is member `rank` of `size`. Raises ValueError if they cannot have the same
+    number of experts."""
     E = model.config.n_routed_experts
     if E % size:
         needed = f"must divide n_routed_experts ({E}). It is the number of ranks, unless --ep_size"
@@ -194,40 +251,24 @@ def split_experts(model: Transformer, rank: int, size: int, group=None) -> None:
     if size > 1:
         for block in model.model.layers:
             if isinstance(block.mlp, MoE):
-                Exchange(block.mlp, rank, size, group)
+                Exchange(block.mlp, rank, size, group, parts)
 
 
 # ------------------------------------------------------------------------------------------
 # The ranks of a spread model
 
 
+LARGE = 8192  # tokens of a micro-batch from which on their two halves travel apart
+
+
+def parts_of(config: TrainConfig) -> int:
+    """Returns in how many parts the tokens of a micro-batch travel. Two halves take turns on their
+    way and with the experts; with few tokens a GPU waits for the host, not for them."""
+    return 2 if config.micro_batch * config.seq_length >= LARGE else 1
+
+
 def is_expert(name: str) -> bool:
     return ".mlp.experts." in name
-
-
-BUCKET = 2**24  # elements that are summed over ranks at a time
-
-
-def sum_over(tensors: list[Tensor], group: dist.ProcessGroup, device: str) -> None:
-    """Sums tensors in place over the ranks of a group, many small tensors at once. The sums are
-    formed on `device`, since nccl does not reach host memory."""
-    bucket: list[Tensor] = []
-    if group.size() == 1:
-        return
-
-    def flush() -> None:
-        flat = torch.cat([tensor.flatten().to(device) for tensor in bucket])
-        dist.all_reduce(flat, group=group)
-        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
-            tensor.copy_(total.view_as(tensor))
-        bucket.clear()
-
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.numel() for t in bucket) >= BUCKET:
-            flush()
-    if bucket:
-        flush()
 
 
 class ExpertParallel(ManyProcesses):
@@ -242,15 +283,20 @@ class ExpertParallel(ManyProcesses):
             raise ValueError(f"ep_size is {ep_size}; must divide the {self.world_size} ranks")
         self.ep_size, self.replicas = ep_size, self.world_size // ep_size
         self.replica = self.rank // ep_size
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        ranks = torch.arange(self.world_size).view(self.replicas, ep_size)
-        options = {"backend": backend, "timeout": self.timeout}
-        # Global ranks: replicas may lie on several hosts. Every rank makes every group.
-        members = {n: dist.new_group(row, **options) for n, row in enumerate(ranks.tolist())}
-        same = {n: dist.new_group(column, **options) for n, column in enumerate(ranks.T.tolist())}
-        self.same_replica = members[self.replica]
-        self.same_experts = same[self.rank % ep_size]
+        options = {"backend": "nccl" if device.startswith("cuda") else "gloo"}
+        options["timeout"] = self.timeout
         self.world = dist.new_group(**options)
+
+        def groups(rows: Tensor) -> list[dist.ProcessGroup | None]:
+            # A connection of nccl takes memory: as few as can be. Every rank makes every group.
+            if rows.shape[1] in (1, self.world_size):
+                return [self.world if rows.shape[1] > 1 else None] * len(rows)
+            return [dist.new_group(row, **options) for row in rows.tolist()]
+
+        # Global ranks: replicas may lie on several hosts.
+        ranks = torch.arange(self.world_size).view(self.replicas, ep_size)
+        self.same_replica = groups(ranks)[self.replica]
+        self.same_experts = groups(ranks.T)[self.rank % ep_size]
 
     def split(self, model: Transformer) -> None:
         balanced = self.config.balance_weight(model.config) > 0
@@ -258,22 +304,30 @@ class ExpertParallel(ManyProcesses):
             reason = "the balance loss is of a whole micro-batch, but a rank has a part of it"
             needed = "--aux_loss_alpha 0 trains without it"
             raise ValueError(f"seq_aux is false in config.json: {reason}; {needed}")
-        split_experts(model, self.rank % self.ep_size, self.ep_size, self.same_replica)
+        member, parts = self.rank % self.ep_size, parts_of(self.config)
+        split_experts(model, member, self.ep_size, self.same_replica, parts)
 
-    def reduce(self, gradients: dict[str, Tensor]) -> Tensor:
-        experts = [g for name, g in gradients.items() if is_expert(name)]
-        others = [g for name, g in gradients.items() if not is_expert(name)]
+    def holders(self, name: str) -> Holders:
         # An expert's gradient already has the tokens of its replica.
-        sum_over(experts, self.same_experts, self.config.device)
-        sum_over(others, self.world, self.config.device)
-        # In the norm each parameter counts once.
-        total = torch.zeros((), device=self.config.device)
-        for held, copies in ((experts, self.replicas), (others, self.world_size)):
-            if held:
-                total += total_norm(held) ** 2 / copies
-        return self.sum(total).sqrt()
+        if is_expert(name):
+            return Holders("experts", self.replica, self.replicas)
+        return Holders("others", self.rank, self.world_size)
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        return self.same_experts if is_expert(name) else self.world
+
+    def start_sum(self, tensor: Tensor, name: str, owner: int) -> dist.Work:
+        return dist.reduce(tensor, group=self.group(name), group_dst=owner, async_op=True)
+
+    def send(self, tensor: Tensor, name: str, owner: int) -> None:
+        dist.broadcast(tensor, group=self.group(name), group_src=owner)
+
+    def norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        norm = total_norm(gradients.values()).to(self.config.device)  # of no tensors, a CPU's
+        return self.sum(norm**2).sqrt()
 
     def saves(self, name: str) -> bool:
+        """Returns whether this rank sends the trained tensor of that name to the first."""
         return self.rank < self.ep_size and (is_expert(name) or self.rank == 0)
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -297,21 +351,34 @@ class ExpertParallel(ManyProcesses):
 class Rehearsal(SingleProcess):
     """Stands in a plan for the rank with the most trained experts."""
 
-    def __init__(self, world_size: int, ep_size: int, E: int, expert_cfg: dict | None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        world_size: int,
+        ep_size: int,
+        E: int,
+        expert_cfg: dict | None,
+    ):
         if world_size < 1:
             raise ValueError(f"--plan {world_size}: at least 1 rank is required")
         if ep_size < 1 or world_size % ep_size or E % ep_size:
             needed = f"must divide the number of ranks and the {E} experts of a layer"
             raise ValueError(f"--plan {world_size}: ep_size is {ep_size}; {needed}")
-        self.world_size, self.ep_size = world_size, ep_size
+        self.world_size, self.ep_size, self.parts = world_size, ep_size, parts_of(config)
         trained = [0] * ep_size
         for experts in (expert_cfg or {"experts": {}})["experts"].values():
             for expert in experts:
                 trained[expert // (E // ep_size)] += 1
         self.member = trained.index(max(trained))
 
+    def holders(self, name: str) -> Holders:
+        # The first has the most of what ranks update.
+        if is_expert(name):
+            return Holders("experts", 0, self.world_size // self.ep_size)
+        return Holders("others", 0, self.world_size)
+
     def split(self, model: Transformer) -> None:
-        split_experts(model, self.member, self.ep_size)
+        split_experts(model, self.member, self.ep_size, parts=self.parts)
 
 
 def plan_ranks(config: TrainConfig, counts: list[int], ep_size: int | None) -> str:
@@ -319,7 +386,7 @@ def plan_ranks(config: TrainConfig, counts: list[int], ep_size: int | None) -> s
 
     def rehearse(base: ModelConfig, expert_cfg: dict | None) -> list[Rehearsal]:
         sizes = [(count, count if ep_size is None else ep_size) for count in counts]
-        return [Rehearsal(*size, base.n_routed_experts, expert_cfg) for size in sizes]
+        return [Rehearsal(config, *size, base.n_routed_experts, expert_cfg) for size in sizes]
 
     return plan(config, compute_gradients, rehearse)
 

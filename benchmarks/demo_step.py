@@ -66,7 +66,7 @@ class Ours:
         alpha = self.config.balance_weight(self.model.config) if balance else 0.0
         args = self.config, self.model, self.rows, alpha, self.optimizer, SingleProcess()
         loss = compute_gradients(*args).sum()
-        norm = SingleProcess().reduce(self.optimizer.gradients)
+        norm = SingleProcess().norm(self.optimizer.gradients)
         self.optimizer.clip(norm)
         self.optimizer.step(RATE)
         return loss.item(), norm.item()

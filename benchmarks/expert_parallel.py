@@ -92,7 +92,7 @@ def measure(base: ModelConfig, parallel: ExpertParallel, c: TrainConfig, steps: 
     ways = [SingleProcess(), parallel] if ranks == 1 else [parallel]
     seconds, peak = alternating(measured, ways, device, steps), peak_gib(device)
     expert_cfg = published_numbers(base)
-    rehearsal = Rehearsal(ranks, parallel.ep_size, base.n_routed_experts, expert_cfg)
+    rehearsal = Rehearsal(c, ranks, parallel.ep_size, base.n_routed_experts, expert_cfg)
     need = plan_rank(c, base, expert_cfg, rehearsal, compute_gradients)
     tokens = c.batch_size * c.seq_length
     one_way = exchange_seconds(base, tokens // ranks, parallel, steps)

@@ -38,7 +38,7 @@ STATE_BYTES = 12  # of a trained parameter: master and two moments in float32
 
 def before(output: RunDirectory, optimizer: MasterAdamW, state: dict) -> None:
     path = output.file(f"checkpoints/before-{state['step']}/optimizer.safetensors")
-    tensors = {name: t.cpu() for name, t in optimizer.state(lambda name: True).items()}
+    tensors = {name: t.cpu() for name, t in optimizer.state().items()}
     with replacing(path) as file:
         save_file(tensors, file)
     file_hash(path)

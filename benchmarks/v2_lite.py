@@ -215,7 +215,7 @@ class Measured:
         self.model, self.config, self.ranks = model, config, ranks
         self.cfg = published_numbers(model.config) if config.method == "esft" else None
         self.parameters = mark_trained(config, model, self.cfg)
-        self.optimizer = make_optimizer(self.parameters, config)
+        self.optimizer = make_optimizer(self.parameters, config, ranks)
         shape = config.batch_size, config.seq_length
         tokens = torch.randint(0, model.config.vocab_size, shape)
         begins = torch.rand(shape) < (documents - 1) / config.seq_length
@@ -227,7 +227,7 @@ class Measured:
         args = self.config, self.model, self.rows, alpha, self.optimizer, self.ranks
         compute_gradients(*args)
         gradients = self.optimizer.gradients
-        return gradients, self.ranks.reduce(gradients)
+        return gradients, self.ranks.norm(gradients)
 
     def step(self) -> None:
         _, norm = self.gradients()

@@ -2,7 +2,8 @@
 experts of a layer, because their weights lie side by side in one tensor, a stack.
 
 Dimensions as in model.py, but E is the number of experts that this process holds. Slots are sorted
-by place in the stack; `ends` (E,) says where the slots of each place end."""
+by place in the stack; `ends` (E,) says where the slots of each place end. S is the number of slots
+of these experts: all N * K, unless another process holds some of a layer's experts."""
 
 from typing import NamedTuple
 
@@ -34,7 +35,9 @@ class StackedExperts(nn.ModuleList):
 
     The experts' own parameters are views of the stacks, so each can still be frozen or trained
     alone. Expert e lies at place_of[e], which lets `put_first` move trained experts to the front.
-    An expert that another process holds is an nn.Identity (train_ep.py) and has no place."""
+    An expert that another process holds (train_ep.py) is no MLP; its place is behind the stacks."""
+
+    slots_here: int | None = None  # S; None: all. train_ep.py sets it for the tokens of each call
 
     def __init__(self, experts: nn.ModuleList):
         super().__init__(experts)
@@ -61,8 +64,7 @@ class StackedExperts(nn.ModuleList):
         self.index_places()
 
     def index_places(self) -> None:
-        # 0 also for an expert that is held elsewhere: none of its slots comes here.
-        places = [0] * len(self)
+        places = [len(self.expert_at)] * len(self)
         for place, e in enumerate(self.expert_at):
             places[e] = place
         self.place_of = torch.tensor(places, device=self.down.device)
@@ -71,6 +73,12 @@ class StackedExperts(nn.ModuleList):
         self.parameters_at = [tuple(m.weight for m in each) for each in linears]
         scalings = [[getattr(m, "lora_scaling", 0.0) for m in each] for each in linears]
         self.lora_scalings = torch.tensor(scalings, device=self.down.device)  # (E, 3)
+
+    def sort_slots(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """indices (N, K) -> `order` (S,), and `inverse` and `ends` as `sort_by_expert` returns
+        them."""
+        order, inverse, ends = sort_by_expert(self.place_of[indices], len(self.expert_at))
+        return order[: self.slots_here], inverse, ends
 
     def _apply(self, fn, recurse=True):
         """Moves the stacks for .to() and .cuda(), and makes the parameters views of them again."""
@@ -148,25 +156,25 @@ def experts_grouped(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Te
     """Returns what `model.experts_loop` returns. Experts behind the last trained one get no weight
     gradient: `mark_trainable` moves the trained ones to the front."""
     experts = moe.experts
-    places = experts.place_of[indices]  # (N, K)
     if on_gpu(x) and len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
-        return experts_for_few(experts, x, weights, places)
-    order, inverse, ends = sort_by_expert(places, len(experts.expert_at))
+        return experts_for_few(experts, x, weights, experts.place_of[indices])
+    slots = experts.sort_slots(indices)
     # Compiled code gets the tensors that `compiled_blocks` made outside of the graph: with the
     # parameters themselves, each layer would need a graph of its own.
     trained = experts.trained if torch.compiler.is_compiling() else trained_stacks(experts)
     stacks = experts.gate_up, experts.down, *(trained or (None, None, None))
-    return GroupedExperts.apply(x, weights, order, inverse, ends, *stacks)
+    return GroupedExperts.apply(x, weights, *slots, *stacks)
 
 
 def experts_for_few(experts: StackedExperts, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     """Returns the result of `experts_grouped` for few tokens, without gradients and without sorting
     the slots."""
     E = len(experts.expert_at)
-    if places.numel() < E and has_kernels(x):
+    if places.numel() < E and experts.is_whole and has_kernels(x):
         return kernels.experts_for_few(x, weights, places, experts.gate_up, experts.down)
     # Every expert for every token: most experts would be read anyway, and each is read once.
-    weight = weights.new_zeros(len(x), E).scatter_(1, places, weights).T[..., None]  # (E, N, 1)
+    weight = weights.new_zeros(len(x), E + 1).scatter_(1, places, weights)  # the last: elsewhere
+    weight = weight[:, :E].T[..., None]  # (E, N, 1)
     h = torch.bmm(x.expand(E, -1, -1), experts.gate_up.mT)  # (E, N, 2I)
     gate, up = h.float().chunk(2, -1)
     act = torch.where(weight != 0, F.silu(gate) * up * weight, 0)  # no inf * 0 where not chosen
@@ -220,7 +228,7 @@ class GroupedExperts(torch.autograd.Function):
         weight = weights.flatten()[order]  # (S,)
         dy = dy.index_select(0, token)  # (S, D)
         dh, dweights = swiglu_backward(h, weight, grouped_mm(dy, down, ends))
-        dweights = dweights[inverse].view(N, K)
+        dweights = by_token(dweights, inverse).view(N, K)
         dx = dgate_up = ddown = None
         if ctx.needs_input_grad[0]:
             dx = sum_slots(grouped_mm(dh, gate_up, ends), inverse, K)
@@ -243,8 +251,9 @@ class GroupedExperts(torch.autograd.Function):
 
 
 def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """indices (N, K), of experts or of places -> order and its inverse (S,), and `ends` int32 (E,).
-    `order` sorts slots by index, ties by token. Slot s belongs to token s // K."""
+    """indices (N, K), of experts or of places -> order and its inverse (N * K,), and `ends` int32
+    (E,). `order` sorts slots by index, ties by token. Slot s belongs to token s // K. Slots with an
+    index from n_experts on come last, behind all `ends`."""
     # int16 suffices (checkpoint.py), and a GPU sorts it in half the time.
     experts, order = indices.flatten().to(torch.int16).sort(stable=True)
     if has_kernels(order):
@@ -271,15 +280,29 @@ def take_rows(x: Tensor, index: Tensor, count: Tensor) -> Tensor:
 
 
 def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
-    """out (S, D), sorted -> the sum of each token's K slots (N, D). It has no backward."""
-    if K == 1:
-        return out[inverse]
+    """out (S, D), sorted -> the sum of each token's K slots (N, D). A slot whose place is not among
+    the S counts as zero. It has no backward."""
     # Compiled code, too, calls this kernel. Torch fused the sum into the gradient of the norm
     # before, stored a value there, and read it back without a barrier (pytorch 190519).
     if has_kernels(out):
         return kernels.sum_slots(out, inverse, K)
     # On a CPU this is one pass, without a copy of the slots in another order.
+    out, inverse = with_zero(out, inverse)
     return F.embedding_bag(inverse.view(-1, K), out, mode="sum")
+
+
+def by_token(values: Tensor, inverse: Tensor) -> Tensor:
+    """values (S,), sorted -> of all slots in the order of tokens (N * K,); 0 where a slot's place is
+    not among the S."""
+    values, inverse = with_zero(values, inverse)
+    return values[inverse]
+
+
+def with_zero(out: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts a zero behind `out`, where it has not all slots, and lets the others' places be there."""
+    if len(out) == len(inverse):
+        return out, inverse
+    return torch.cat([out, out.new_zeros(1, *out.shape[1:])]), inverse.clamp(max=len(out))
 
 
 def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:

@@ -138,12 +138,13 @@ def take_rows(x: Tensor, index: Tensor, count: Tensor) -> Tensor:
 
 
 @jit
-def _sum_slots(OUT, INVERSE, Y, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_slots(OUT, INVERSE, Y, S, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
-        source = OUT + tl.load(INVERSE + token * K + k) * D + columns
-        total += tl.load(source, mask=columns < D, other=0.0).to(tl.float32)
+        place = tl.load(INVERSE + token * K + k)
+        within = (columns < D) & (place < S)
+        total += tl.load(OUT + place * D + columns, mask=within, other=0.0).to(tl.float32)
     tl.store(Y + token * D + columns, total.to(Y.dtype.element_ty), mask=columns < D)
 
 
@@ -151,7 +152,7 @@ def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
     """Equals `fast.experts.sum_slots`."""
     N, D = len(inverse) // K, out.shape[1]
     y = out.new_empty(N, D)
-    launch(_sum_slots, (N,), out, out, inverse, y, D=D, K=K, BLOCK=next_power(D))
+    launch(_sum_slots, (N,), out, out, inverse, y, len(out), D=D, K=K, BLOCK=next_power(D))
     return y
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fast.experts import (
     StackedExperts,
+    by_token,
     grouped_mm,
     grouped_outer,
-    sort_by_expert,
     sum_slots,
     swiglu,
     swiglu_backward,
@@ -76,7 +76,7 @@ def experts_with_lora(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> 
     trained = experts.trained if torch.compiler.is_compiling() else trained_prefix(experts)
     if trained:
         raise ValueError('LoRA over experts that are trained, too, needs experts "loop"')
-    slots = sort_by_expert(experts.place_of[indices], len(experts.expert_at))
+    slots = experts.sort_slots(indices)
     scalings = experts.lora_scalings
     B1 = scaled_blocks(experts.lora_gate_up_B, scalings[:, :2])
     B2 = scaled_blocks(experts.lora_down_B, scalings[:, 2:])
@@ -121,7 +121,7 @@ class GroupedLora(torch.autograd.Function):
         dx = sum_slots(dslots, inverse, K)
         dA1 = grouped_outer(dlow1, x.index_select(0, token), ends)
         dB1 = grouped_outer(dh, low1, ends)
-        dweights = dweights[inverse].view(N, K)
+        dweights = by_token(dweights, inverse).view(N, K)
         return dx, dweights, None, None, None, None, dA1, dB1, None, dA2, dB2
 
 

@@ -52,7 +52,7 @@ from training.stopping import ENDINGS
 
 
 class Recording:
-    """Keeps the gradients of a run's first step, as they are reduced; may send a signal in a
+    """Keeps the gradients of a run's first step, as they are summed; may send a signal in a
     step."""
 
     recorded: dict | None = None
@@ -62,15 +62,15 @@ class Recording:
         super().split(model)
         self.model = model
 
-    def reduce(self, gradients):
+    def norm(self, gradients):
         self.steps += 1
         if self.steps == self.signal_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        norm = super().reduce(gradients)
+        norm = super().norm(gradients)
         if self.recorded is None:
             lora = lora_parameters(self.model)  # views of the parameters that have gradients
-            of = {p: gradients[name] for name, p in wholes(lora).items()}
-            parts = {name: part_like(view, of[whole(view)]) for name, view in lora.items()}
+            of = {p: gradients[name] for name, p in wholes(lora).items() if name in gradients}
+            parts = {n: part_like(v, of[whole(v)]) for n, v in lora.items() if whole(v) in of}
             others = {name: g for name, g in gradients.items() if name not in lora}
             self.recorded = {name: g.clone() for name, g in (parts | others).items()}
         return norm

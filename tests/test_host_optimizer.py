@@ -75,13 +75,13 @@ def test_steps_have_the_bits_of_the_optimizer_beside_the_weights(
             assert all(p.grad is None for p in model.parameters())
             gradients = optimizer.gradients
             assert gradients.keys() == trained.keys() and not gradients["unreached"].any()
-            norm = SingleProcess().reduce(gradients)
+            norm = SingleProcess().norm(gradients)
             assert (norm > max_grad_norm) == (max_grad_norm < 1)
             optimizer.clip(norm)
             seen.append({n: g.clone() for n, g in gradients.items()} | {"norm": norm})
             optimizer.step(1e-2 / (step + 1))
             values = {f"parameter.{n}": p.detach().clone() for n, p in trained.items()}
-            state = {n: t.clone() for n, t in optimizer.state(lambda name: True).items()}
+            state = {n: t.clone() for n, t in optimizer.state().items()}
             seen[-1] |= values | state
     beside, on_host = seen[:4], seen[4:]
     assert not torch.equal(beside[0]["master.unreached"], beside[3]["master.unreached"])  # decays

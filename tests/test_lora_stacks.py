@@ -72,7 +72,7 @@ def test_the_optimizers_state_has_the_same_names_and_values_with_and_without_sta
         compute_gradients(config, model, ROWS, 0.0, optimizers[-1], SingleProcess())
         assert optimizers[-1].gradients
         optimizers[-1].step(0.01)
-    stacked, apart = (optimizer.state(lambda name: True) for optimizer in optimizers)
+    stacked, apart = (optimizer.state() for optimizer in optimizers)
     assert stacked.keys() == apart.keys() and len(optimizers[0].masters) < len(apart) / 6
     for name, tensor in stacked.items():
         assert tensor.is_contiguous()
@@ -80,7 +80,7 @@ def test_the_optimizers_state_has_the_same_names_and_values_with_and_without_sta
     saved = {name: torch.rand_like(tensor) for name, tensor in apart.items()}
     for optimizer in optimizers:
         optimizer.restore(saved, 5)
-        again = optimizer.state(lambda name: True)
+        again = optimizer.state()
         assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
         for name, p in optimizer.trained.items():
             assert torch.equal(p, saved[f"master.{name}"])

@@ -68,7 +68,7 @@ def layers_needed(
     not fit."""
     model, trained = model_of_rank(config, inputs.base_config, expert_cfg, ranks)
     peak = peak_of_step(config, model, trained, ranks, compute_gradients)
-    host = host_bytes(trained) if config.optimizer_device else 0
+    host = host_bytes(trained, ranks) if config.optimizer_device else 0
     room = memory_of_process(config.device, model) - beside(config.device, host)
     count = inputs.base_config.num_hidden_layers
     layers = fewest_layers(peak, count, room)

@@ -109,8 +109,8 @@ class RunDirectory:
         self.finish_checkpoint(wait=False)
 
     def save_checkpoint(self, optimizer: MasterAdamW, state: dict) -> None:
-        """Begins to write checkpoints/step-N, unless it is there (or N is 0): each rank copies what
-        it `saves`, and a thread writes that to a file while training goes on. First ends the
+        """Begins to write checkpoints/step-N, unless it is there (or N is 0): each rank copies its
+        part of the optimizer, and a thread writes that to a file while training goes on. First ends the
         checkpoint before, and raises as `finish_checkpoint` does."""
         self.finish_checkpoint()
         ranks, directory = self.ranks, self.file(f"checkpoints/step-{state['step']:06d}")
@@ -118,7 +118,7 @@ class RunDirectory:
             return
         part = directory.with_name(f".{directory.name}.part")
         ranks.on_first(shutil.rmtree, part, ignore_errors=True)
-        tensors = self.copied(optimizer.state(ranks.saves))
+        tensors = self.copied(optimizer.state())
 
         def write() -> dict[str, str]:
             if not tensors:
@@ -316,13 +316,13 @@ def read_optimizer(
 ) -> dict[str, Tensor]:
     """Returns the optimizer's tensors of this rank's parameters. Raises ValueError unless the
     checkpoint holds just those that `trained` names."""
-    tensors, held = {}, set()
+    tensors, held, own = {}, set(), set(optimizer.own_names)
     for path in sorted(directory.glob("optimizer*.safetensors")):
         with open_tensors(path) as file:
             for name in file.keys():
                 parameter = name.partition(".")[2]
                 held.add(parameter)
-                if parameter in optimizer.trained:
+                if parameter in own:
                     tensors[name] = file.get_tensor(name)
     if held != set(trained):
         changed = f"{directory.parents[1]}/expert_cfg.json"

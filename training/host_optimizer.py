@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from processes import SingleProcess
 from training.config import TrainConfig
-from training.optimizer import MasterAdamW, wholes
+from training.optimizer import MasterAdamW, own_part, wholes
 
 GROUP = 2**25  # elements, at most, of parameters whose gradients are summed together
 UNDER_WAY = 2**26  # elements of gradients that wait on the device, while the host may go on
@@ -28,13 +29,19 @@ class HostAdamW(MasterAdamW):
     while the device goes on, the group's sums so far come to the device, get the gradients, and go
     back. So the sums take none of the host's cores, which have to keep the device busy."""
 
-    def __init__(self, trained: dict[str, Tensor], config: TrainConfig):
-        self.groups = groups_of(wholes(trained))
+    def __init__(
+        self,
+        trained: dict[str, Tensor],
+        config: TrainConfig,
+        ranks: SingleProcess = SingleProcess(),
+    ):
+        self.groups = groups_of(own_part(wholes(trained), ranks))
         self.device, self.on_gpu = config.device, config.device.startswith("cuda")
-        super().__init__(trained, config)
-        for number, group in enumerate(self.groups):
-            for name, p in group.items():
-                p.register_post_accumulate_grad_hook(partial(self.take, number, name))
+        super().__init__(trained, config, ranks)
+        self.number = {name: i for i, group in enumerate(self.groups) for name in group}
+        shared = {name for share in self.shares for name in share.parameters}
+        for name in self.own.keys() - shared:
+            self.own[name].register_post_accumulate_grad_hook(partial(self.take_from, name))
         self.arrived: dict[int, dict[str, Tensor]] = {}  # gradients of groups, until all are there
         self.rehearses = config.device == "meta"
         if self.rehearses:
@@ -60,12 +67,19 @@ class HostAdamW(MasterAdamW):
             master.copy_(self.parameters[name].detach())
         return masters
 
-    def take(self, number: int, name: str, p: nn.Parameter) -> None:
+    def take_from(self, name: str, p: nn.Parameter) -> None:
         """Takes the gradient away from `p`."""
-        arrived = self.arrived.setdefault(number, {})
-        arrived[name], p.grad = p.grad, None
-        if len(arrived) == len(self.groups[number]):
-            self.add(number)
+        gradient, p.grad = p.grad, None
+        self.take({name: gradient})
+
+    def take(self, gradients: dict[str, Tensor]) -> None:
+        """Adds gradients by name to the sums, when all of a group are there."""
+        for name, gradient in gradients.items():
+            number = self.number[name]
+            arrived = self.arrived.setdefault(number, {})
+            arrived[name] = gradient
+            if len(arrived) == len(self.groups[number]):
+                self.add(number)
 
     @torch.no_grad()
     def add(self, number: int) -> None:
@@ -101,6 +115,7 @@ class HostAdamW(MasterAdamW):
 
     def accumulate(self) -> None:
         """Adds what arrived in groups that some gradients did not reach."""
+        self.shared.finish()
         for number in list(self.arrived):
             self.add(number)
 
@@ -118,16 +133,18 @@ class HostAdamW(MasterAdamW):
         return super().gradients
 
     def copy_masters(self) -> None:
-        for name, p in self.parameters.items():
+        for name, p in self.own.items():
             p.copy_(self.masters[name].to(p.device, non_blocking=True))
         if self.on_gpu:  # the next step writes the masters
             torch.cuda.synchronize(self.device)
 
 
-def make_optimizer(trained: dict[str, Tensor], config: TrainConfig) -> MasterAdamW:
+def make_optimizer(
+    trained: dict[str, Tensor], config: TrainConfig, ranks: SingleProcess = SingleProcess()
+) -> MasterAdamW:
     """Returns the optimizer, of what `mark_trained` returned, that rests where the config says."""
     kind = HostAdamW if config.optimizer_device else MasterAdamW
-    return kind(trained, config)
+    return kind(trained, config, ranks)
 
 
 def groups_of(parameters: Group) -> list[Group]:
@@ -155,22 +172,25 @@ def add_to(total: Tensor, group: Group, gradients: dict[str, Tensor]) -> None:
 # Memory
 
 
-def host_bytes(trained: dict[str, Tensor]) -> int:
-    """Returns the bytes of two moments, and of masters and sums of gradients, each in float32.
-    torch takes pinned memory by powers of two."""
-    sizes = [sum(p.numel() for p in group.values()) for group in groups_of(wholes(trained))]
+def host_bytes(trained: dict[str, Tensor], ranks: SingleProcess) -> int:
+    """Returns the bytes of this rank's two moments, and masters and sums of gradients, each in
+    float32. torch takes pinned memory by powers of two."""
+    groups = groups_of(own_part(wholes(trained), ranks))
+    sizes = [sum(p.numel() for p in group.values()) for group in groups]
     return 8 * sum(sizes) + 8 * sum(2 ** math.ceil(math.log2(size)) for size in sizes)
 
 
-def check_host_memory(trained: dict[str, Tensor], config: TrainConfig) -> None:
+def check_host_memory(
+    trained: dict[str, Tensor], config: TrainConfig, ranks: SingleProcess
+) -> None:
     """Raises ValueError if this host has too little memory for the optimizer. All ranks must be
     asked before one of them allocates."""
     if not config.optimizer_device:
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need, left = ranks * host_bytes(trained), available_bytes()
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need, left = count * host_bytes(trained, ranks), available_bytes()
     if need > left:
-        of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
+        of_ranks = f" of {count} ranks" if count > 1 else ""
         needed = (
             f"needs {need / 2**30:.1f} GiB of host memory, {left / 2**30:.1f} GiB are available"
         )

@@ -2,7 +2,6 @@
 step."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 from adapter import mark_trainable, trained_parameters
 from lora import add_lora, lora_parameters, whole
 from model import Transformer
+from processes import SingleProcess
 from training.config import TrainConfig
+from training.replicas import SharedGradients, publish, shares_of
 
 
 def mark_trained(
@@ -43,15 +44,32 @@ def part_like(view: Tensor, tensor: Tensor) -> Tensor:
     return tensor.as_strided(view.shape, view.stride(), offset)
 
 
+def own_part(parameters: dict[str, nn.Parameter], ranks: SingleProcess) -> dict[str, nn.Parameter]:
+    """Returns those parameters whose masters and moments this rank keeps."""
+    others = {
+        n for share in shares_of(parameters, ranks) if not share.mine for n in share.parameters
+    }
+    return {name: p for name, p in parameters.items() if name not in others}
+
+
 class MasterAdamW:
     """AdamW on float32 copies of the trained parameters, the masters. bfloat16 numbers near 0.02
     lie 1.2e-4 apart: a step of 1e-5 would be rounded away.
 
-    Files have the names of `trained`, so views of one parameter (lora.py) stand there apart."""
+    Of parameters that several ranks hold, one rank has the master (replicas.py). Files have the
+    names of `trained`, so views of one parameter (lora.py) stand there apart."""
 
-    def __init__(self, trained: dict[str, Tensor], config: TrainConfig):
-        self.trained, self.parameters = trained, wholes(trained)
+    def __init__(
+        self,
+        trained: dict[str, Tensor],
+        config: TrainConfig,
+        ranks: SingleProcess = SingleProcess(),
+    ):
+        self.trained, self.parameters, self.ranks = trained, wholes(trained), ranks
+        self.own = own_part(self.parameters, ranks)
         self.names = {p: name for name, p in self.parameters.items()}
+        self.shares = shares_of(self.parameters, ranks)
+        self.shared = SharedGradients(self.shares, ranks, self.take)
         self.max_grad_norm = config.max_grad_norm
         self.masters = self.make_masters()
         matrices = [m for m in self.masters.values() if m.ndim > 1]
@@ -69,25 +87,33 @@ class MasterAdamW:
 
     def make_masters(self) -> dict[str, Tensor]:
         """Returns the parameters in float32; a float32 parameter is its own master."""
-        return {name: p.detach().float() for name, p in self.parameters.items()}
+        return {name: p.detach().float() for name, p in self.own.items()}
 
     def accumulate(self) -> None:
         """Adds the parameters' gradients to the masters', in float32, and frees them."""
-        arrived = [(self.masters[n], p) for n, p in self.parameters.items() if p.grad is not None]
+        self.shared.finish()
+        arrived = [(name, p) for name, p in self.own.items() if p.grad is not None]
         # A few at a time: those of a layer are freed before the next layer's float32 ones are made.
         for start in range(0, len(arrived), 32):
             group = arrived[start : start + 32]
-            sums = [(master.grad, p.grad) for master, p in group if master.grad is not None]
-            if sums:
-                torch._foreach_add_(*map(list, zip(*sums)))
-            new = [(master, p) for master, p in group if master.grad is None]
-            for master, p in new:
-                master.grad = p.grad if p.dtype == torch.float32 else torch.empty_like(master)
-            copies = [(m.grad, p.grad) for m, p in new if m.grad is not p.grad]
-            if copies:
-                torch._foreach_copy_(*map(list, zip(*copies)))
+            self.take({name: p.grad for name, p in group})
             for _, p in group:
                 p.grad = None
+
+    @torch.no_grad()
+    def take(self, gradients: dict[str, Tensor]) -> None:
+        """Adds gradients by name to the masters'."""
+        pairs = [(self.masters[name], gradient) for name, gradient in gradients.items()]
+        sums = [(master.grad, gradient) for master, gradient in pairs if master.grad is not None]
+        if sums:
+            torch._foreach_add_(*map(list, zip(*sums)))
+        new = [(master, gradient) for master, gradient in pairs if master.grad is None]
+        for master, gradient in new:
+            is_sum = gradient.dtype == torch.float32
+            master.grad = gradient if is_sum else torch.empty_like(master)
+        copies = [(m.grad, gradient) for m, gradient in new if m.grad is not gradient]
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies)))
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -103,17 +129,18 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Updates the parameters and frees the gradients."""
+        """Updates the parameters, on all ranks that hold them, and frees the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
         self.copy_masters()
+        publish(self.shares, self.ranks)
 
     def copy_masters(self) -> None:
         """Rounds the masters to the parameters."""
         if self.masters:
-            torch._foreach_copy_([*self.parameters.values()], [*self.masters.values()])
+            torch._foreach_copy_([*self.own.values()], [*self.masters.values()])
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Returns master and moments of what `trained` has under that name."""
@@ -122,12 +149,16 @@ class MasterAdamW:
         moments = {kind: self.adamw.state[master][kind] for kind in ("exp_avg", "exp_avg_sq")}
         return {k: part_like(view, t) for k, t in {"master": master, **moments}.items()}
 
-    def state(self, saves: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Returns masters and moments by name, of what `saves` names. The next step changes
-        them."""
+    @property
+    def own_names(self) -> list[str]:
+        """Returns the names in `trained` of what has its master here."""
+        return [name for name, view in self.trained.items() if self.names[whole(view)] in self.own]
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns this rank's masters and moments by name. The next step changes them."""
         return {
             f"{kind}.{name}": tensor.contiguous()
-            for name in filter(saves, self.trained)
+            for name in self.own_names
             for kind, tensor in self.tensors_of(name).items()
         }
 
@@ -140,10 +171,11 @@ class MasterAdamW:
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
-        for name in self.trained:
+        for name in self.own_names:
             for kind, tensor in self.tensors_of(name).items():
                 tensor.copy_(tensors[f"{kind}.{name}"])
         self.copy_masters()
+        publish(self.shares, self.ranks)
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

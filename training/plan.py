@@ -34,7 +34,7 @@ from training.cards import (
 from training.config import TrainConfig
 from training.exchange import exchange_lines
 from training.host_optimizer import host_bytes
-from training.optimizer import mark_trained
+from training.optimizer import mark_trained, own_part, wholes
 from training.rehearsal import inference_bytes, step_bytes
 from training.table import size_text, table_row
 
@@ -91,7 +91,7 @@ def peak_of_step(
 ) -> Callable[[int], int]:
     """Returns a function: how many layers run again in backward -> bytes at the peak of a step. It
     rehearses each number once."""
-    held = sum(held_bytes(config, model, trained).values())
+    held = sum(held_bytes(config, model, trained, ranks).values())
 
     @cache
     def peak(layers: int) -> int:
@@ -102,15 +102,20 @@ def peak_of_step(
 
 
 def held_bytes(
-    config: TrainConfig, model: Transformer, trained: dict[str, Tensor]
+    config: TrainConfig, model: Transformer, trained: dict[str, Tensor], ranks: SingleProcess
 ) -> dict[str, int]:
     """Returns the bytes that the device holds between steps."""
-    count = 0 if config.optimizer_device else sum(p.numel() for p in trained.values())
+    count = 0 if config.optimizer_device else own_elements(trained, ranks)
     return {
         "weights": weight_bytes(model),
         "masters": 0 if config.dtype == "float32" else 4 * count,  # float32 weights are masters
         "moments": 8 * count,
     }
+
+
+def own_elements(trained: dict[str, Tensor], ranks: SingleProcess) -> int:
+    """Returns how many elements this rank updates of what is trained."""
+    return sum(p.numel() for p in own_part(wholes(trained), ranks).values())
 
 
 def plan_rank(
@@ -124,14 +129,14 @@ def plan_rank(
     model, trained = model_of_rank(config, model_config, expert_cfg, ranks)
     count = sum(p.numel() for p in trained.values())
     batches = micro_batches(config.batch_size, config.micro_batch, 0, ranks.world_size)
-    layers, held = model.config.num_hidden_layers, held_bytes(config, model, trained)
+    layers, held = model.config.num_hidden_layers, held_bytes(config, model, trained, ranks)
     peak = peak_of_step(config, model, trained, ranks, compute_gradients)
     need = held | {
         "micro-batches": f"{len(batches)} of {len(batches[0])} rows",
         "held": sum(p.numel() for p in model.parameters()),
         "trained": count,
-        "gradients": 0 if config.optimizer_device else 4 * count,
-        "host": host_bytes(trained) if config.optimizer_device else 0,
+        "gradients": 0 if config.optimizer_device else 4 * own_elements(trained, ranks),
+        "host": host_bytes(trained, ranks) if config.optimizer_device else 0,
         "layers": layers,
         "peak": peak,
     }

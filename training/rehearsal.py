@@ -108,7 +108,7 @@ def step_bytes(
     rows = Rows(*[torch.zeros(count, config.seq_length, dtype=torch.int64)] * 3)
     steps = count // config.micro_batch
     rehearsal = replace(config, device="meta", gradient_accumulation_steps=steps, compile=False)
-    optimizer = make_optimizer(trained, rehearsal)
+    optimizer = make_optimizer(trained, rehearsal, ranks)
     alpha = config.balance_weight(model.config)
     with (
         as_on_device(config),
@@ -118,6 +118,7 @@ def step_bytes(
             for master in optimizer.masters.values():
                 master.grad = torch.empty_like(master)
         compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
+    optimizer.shared.release()  # another rehearsal may use these parameters
     return allocations.peak
 
 
