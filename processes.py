@@ -30,6 +30,7 @@ class SingleProcess:
 
     rank, world_size = 0, 1
     replica, replicas = 0, 1  # which copy of the model this rank has a part of, and of how many
+    buffers = 0  # bytes of a GPU, beside torch's, that sending to other ranks takes
 
     def on_first(self, function, *args, **options):
         """Runs the function on rank 0 alone. Returns its value, or raises its error, on all."""

@@ -11,7 +11,6 @@ tokens that arrive, each counted once a rank. How ranks meet is in processes.py.
 """
 
 import argparse
-import math
 import os
 import shlex
 import signal
@@ -29,6 +28,7 @@ from model import ModelConfig, MoE, Transformer
 from processes import Holders, ManyProcesses, SingleProcess, total_norm
 from train import compute_gradients, train
 from training.config import TrainConfig, config_parser
+from training.exchange import nccl_bytes, ranks_reached
 from training.plan import plan
 from training.report import print_results, report
 from training.stopping import ENDINGS, ending
@@ -45,8 +45,9 @@ class Route:
     inverse: Tensor  # (N * R,) as `sort_by_expert` returns it, with ranks in place of experts
     sent: list[int]  # tokens that go from here to each rank
     arriving: list[int]  # tokens that come here from each
-    slots: int  # of the experts here, among the tokens that come here
+    slots: int  # of the experts here, that these tokens have
     group: dist.ProcessGroup | None
+    coming: tuple[Tensor, ...] = ()  # what `Depart` returned
     under_way: list = None  # what `start` left for `finish`
 
     def sum(self, x: Tensor) -> Tensor:
@@ -84,19 +85,19 @@ class Route:
 
 
 class Depart(torch.autograd.Function):
-    """Starts to send tokens to their experts: x (N, D), weights and indices (N, K) -> x (M, D) and
-    routing (M, 2K) of the M tokens that come here."""
+    """Starts to send tokens to their experts: x (N, D), and their weights and experts (N, 2K) -> the
+    same of the M tokens that come here."""
 
     @staticmethod
-    def forward(ctx, x, weights, indices, route):
+    def forward(ctx, x, routing, route):
         ctx.route = route
         ctx.set_materialize_grads(False)
-        routing = torch.cat([weights, indices.to(weights.dtype)], 1)  # float32 holds them exactly
-        return route.start([x.index_select(0, route.token), routing.index_select(0, route.token)])
+        return route.start([tensor.index_select(0, route.token) for tensor in (x, routing)])
 
     @staticmethod
     def backward(ctx, _, __):
-        return *map(ctx.route.sum, ctx.route.finish()), None, None
+        dx, dweights = map(ctx.route.sum, ctx.route.finish())
+        return dx, nn.functional.pad(dweights, (0, dweights.shape[1])), None
 
 
 class Arrive(torch.autograd.Function):
@@ -163,13 +164,10 @@ class Elsewhere(nn.Module):
 class Exchange:
     """Stands in place of `MoE.all_experts` where the ranks of a group share a layer's experts. With
     gradients, each rank has its own tokens. Without (scoring, validation, evaluation), all have the
-    same tokens: each rank does its share of the work, and all get the same bits.
+    same tokens: each rank does its share of the work, and all get the same bits."""
 
-    With gradients, tokens travel in `parts`: while those of one part do, another part is with its
-    experts."""
-
-    def __init__(self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None, parts: int):
-        self.moe, self.rank, self.size, self.group, self.parts = moe, rank, size, group, parts
+    def __init__(self, moe: MoE, rank: int, size: int, group: dist.ProcessGroup | None):
+        self.moe, self.rank, self.size, self.group = moe, rank, size, group
         self.anchor = torch.zeros((), requires_grad=True)
         self.count = len(moe.experts) // size
         for e in range(len(moe.experts)):
@@ -177,70 +175,70 @@ class Exchange:
                 moe.experts[e] = Elsewhere()
         moe.all_experts = self
 
-    @torch.compiler.disable
     def __call__(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """As `MoE.all_experts`; x (N, D), weights and indices (N, K) -> (N, D)."""
-        if torch.is_grad_enabled():
-            return self.run(x, weights, indices, self.parts)
-        share = -(-len(x) // self.size)
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        y = self.run(x[mine], weights[mine], indices[mine], 1)
+        """As `MoE.all_experts`; x (N, D), weights and indices (N, K) -> (N, D). A compiled layer
+        goes on behind each function that it may not compile."""
+        N, share = len(x), -(-len(x) // self.size)
+        if not torch.is_grad_enabled():
+            mine = slice(self.rank * share, (self.rank + 1) * share)
+            x, weights, indices = x[mine], weights[mine], indices[mine]
+        # float32 holds the numbers of experts exactly.
+        routing = torch.cat([weights, indices.to(weights.dtype)], 1)  # (N, 2K)
+        route = self.depart(x, routing, *self.destinations(indices))
+        shared = self.moe.shared_experts(x)  # while the tokens travel
+        y = self.at_experts(route) + shared
+        return y if torch.is_grad_enabled() else self.of_all_ranks(y, share)[:N]
+
+    def destinations(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """indices (N, K) -> tokens in the order of the ranks that they go to, and the inverse of
+        that, both (N * R,) and as of `sort_by_expert`; tokens and slots that go to each (R, 2)."""
+        ids = torch.arange(self.size, device=indices.device)
+        slots = (indices[..., None] // self.count == ids).sum(1)  # (N, R) of a token at a rank
+        order, inverse, _ = sort_by_expert(torch.where(slots > 0, ids, self.size), self.size)
+        return order // self.size, inverse, torch.stack([(slots > 0).sum(0), slots.sum(0)], 1)
+
+    @torch.compiler.disable
+    def depart(
+        self, x: Tensor, routing: Tensor, token: Tensor, inverse: Tensor, counts: Tensor
+    ) -> Route:
+        """Starts to send the tokens to their experts. This waits for the GPU, once a layer, for how
+        many go where."""
+        there, here = self.exchanged(counts, routing.shape[1] // 2, len(x))
+        sent, arriving = [n for n, _ in there], [n for n, _ in here]
+        slots = sum(n for _, n in here)
+        route = Route(token[: sum(sent)], inverse, sent, arriving, slots, self.group)
+        route.coming = Depart.apply(x, routing, route)
+        return route
+
+    @torch.compiler.disable
+    def at_experts(self, route: Route) -> Tensor:
+        """Returns the sum of the routed experts (N, D)."""
+        coming, route.coming = route.coming, ()  # a checkpointed layer must not keep them
+        arrived = Arrive.apply(*coming, route)
+        self.moe.experts.slots_here = route.slots
+        y = self.moe.run_experts(self.moe, *arrived)
+        return Return.apply(Leave.apply(y, self.anchor, route), route)
+
+    @torch.compiler.disable
+    def of_all_ranks(self, y: Tensor, share: int) -> Tensor:
+        """Returns the results of all ranks, `share` tokens of each. This rank's are y."""
         padded = nn.functional.pad(y, (0, 0, 0, share - len(y)))
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded, group=self.group)
-        return torch.cat(gathered)[: len(x)]
+        return torch.cat(gathered)
 
-    def run(self, x: Tensor, weights: Tensor, indices: Tensor, parts: int) -> Tensor:
-        pieces = [*zip(*(tensor.tensor_split(parts) for tensor in (x, weights, indices)))]
-        routes = self.routes([indices for _, _, indices in pieces])
-        coming = [Depart.apply(*piece, route) for piece, route in zip(pieces, routes)]
-        shared = self.moe.shared_experts(x)  # while the first tokens travel
-        leaving = []
-        for sent, route in zip(coming, routes):
-            arrived = Arrive.apply(*sent, route)
-            self.moe.experts.slots_here = route.slots
-            y = self.moe.run_experts(self.moe, *arrived)
-            leaving.append(Leave.apply(y, self.anchor, route))
-        returned = [Return.apply(out, route) for out, route in zip(leaving, routes)]
-        return torch.cat(returned) + shared
-
-    def routes(self, pieces: list[Tensor]) -> list[Route]:
-        """Returns how the tokens of each piece travel, whose experts are indices (N, K). This waits
-        for the GPU once, for how many go where."""
-        orders, counts = [], []
-        ids = torch.arange(self.size, device=pieces[0].device)
-        for indices in pieces:
-            slots = (indices[..., None] // self.count == ids).sum(1)  # (N, R) of a token at a rank
-            orders.append(sort_by_expert(ids.where(slots > 0, self.size), self.size))
-            tokens = orders[-1][2].diff(prepend=ids.new_zeros(1))
-            counts.append(torch.stack([tokens, slots.sum(0)], 1))
-        numbers = self.exchanged(torch.stack(counts, 1), pieces)
-        routes = []
-        for (order, inverse, _), (there, here) in zip(orders, numbers):
-            sent, arriving = [n for n, _ in there], [n for n, _ in here]
-            token, slots = order[: sum(sent)] // self.size, sum(n for _, n in here)
-            routes.append(Route(token, inverse, sent, arriving, slots, self.group))
-        return routes
-
-    def exchanged(self, counts: Tensor, pieces: list[Tensor]) -> list:
-        """counts (R, parts, 2), of tokens and of slots from here to each rank -> for each part, this
-        and the same from each rank to here. A plan assumes that experts are drawn evenly."""
+    def exchanged(self, counts: Tensor, K: int, N: int) -> list[list[tuple[int, int]]]:
+        """counts (R, 2), tokens and slots from here to each rank -> these, and those from each to
+        here. A plan assumes that experts are drawn evenly."""
         if counts.is_meta:
-            reached = ranks_reached(self.count, self.size, pieces[0].shape[1]) / self.size
-            even = [(round(len(p) * reached), p.numel() // self.size) for p in pieces]
-            return [([each] * self.size, [each] * self.size) for each in even]
+            tokens = round(N * ranks_reached(self.size * self.count, self.size, K) / self.size)
+            return [[(tokens, N * K // self.size)] * self.size] * 2
         coming = torch.empty_like(counts)
         dist.all_to_all_single(coming, counts, group=self.group)
-        return torch.stack([counts, coming]).permute(2, 0, 1, 3).tolist()
+        return torch.stack([counts, coming]).tolist()
 
 
-def ranks_reached(count: int, size: int, K: int) -> float:
-    """Returns to how many of `size` ranks, with `count` experts each, a token goes on average, if
-    its K experts are drawn evenly."""
-    return size * (1 - math.comb(count * (size - 1), K) / math.comb(count * size, K))
-
-
-def split_experts(model: Transformer, rank: int, size: int, group=None, parts: int = 1) -> None:
+def split_experts(model: Transformer, rank: int, size: int, group=None) -> None:
     """Takes out of the model the experts that other members of a group hold, and puts an `Exchange`
     into each layer. This is member `rank` of `size`. Raises ValueError if they cannot have the same
     number of experts."""
@@ -251,20 +249,11 @@ def split_experts(model: Transformer, rank: int, size: int, group=None, parts: i
     if size > 1:
         for block in model.model.layers:
             if isinstance(block.mlp, MoE):
-                Exchange(block.mlp, rank, size, group, parts)
+                Exchange(block.mlp, rank, size, group)
 
 
 # ------------------------------------------------------------------------------------------
 # The ranks of a spread model
-
-
-LARGE = 8192  # tokens of a micro-batch from which on their two halves travel apart
-
-
-def parts_of(config: TrainConfig) -> int:
-    """Returns in how many parts the tokens of a micro-batch travel. Two halves take turns on their
-    way and with the experts; with few tokens a GPU waits for the host, not for them."""
-    return 2 if config.micro_batch * config.seq_length >= LARGE else 1
 
 
 def is_expert(name: str) -> bool:
@@ -297,6 +286,7 @@ class ExpertParallel(ManyProcesses):
         ranks = torch.arange(self.world_size).view(self.replicas, ep_size)
         self.same_replica = groups(ranks)[self.replica]
         self.same_experts = groups(ranks.T)[self.rank % ep_size]
+        self.buffers = nccl_bytes(self.world_size, ep_size)
 
     def split(self, model: Transformer) -> None:
         balanced = self.config.balance_weight(model.config) > 0
@@ -304,8 +294,7 @@ class ExpertParallel(ManyProcesses):
             reason = "the balance loss is of a whole micro-batch, but a rank has a part of it"
             needed = "--aux_loss_alpha 0 trains without it"
             raise ValueError(f"seq_aux is false in config.json: {reason}; {needed}")
-        member, parts = self.rank % self.ep_size, parts_of(self.config)
-        split_experts(model, member, self.ep_size, self.same_replica, parts)
+        split_experts(model, self.rank % self.ep_size, self.ep_size, self.same_replica)
 
     def holders(self, name: str) -> Holders:
         # An expert's gradient already has the tokens of its replica.
@@ -351,25 +340,19 @@ class ExpertParallel(ManyProcesses):
 class Rehearsal(SingleProcess):
     """Stands in a plan for the rank with the most trained experts."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        world_size: int,
-        ep_size: int,
-        E: int,
-        expert_cfg: dict | None,
-    ):
+    def __init__(self, world_size: int, ep_size: int, E: int, expert_cfg: dict | None):
         if world_size < 1:
             raise ValueError(f"--plan {world_size}: at least 1 rank is required")
         if ep_size < 1 or world_size % ep_size or E % ep_size:
             needed = f"must divide the number of ranks and the {E} experts of a layer"
             raise ValueError(f"--plan {world_size}: ep_size is {ep_size}; {needed}")
-        self.world_size, self.ep_size, self.parts = world_size, ep_size, parts_of(config)
+        self.world_size, self.ep_size = world_size, ep_size
         trained = [0] * ep_size
         for experts in (expert_cfg or {"experts": {}})["experts"].values():
             for expert in experts:
                 trained[expert // (E // ep_size)] += 1
         self.member = trained.index(max(trained))
+        self.buffers = nccl_bytes(world_size, ep_size)
 
     def holders(self, name: str) -> Holders:
         # The first has the most of what ranks update.
@@ -378,7 +361,7 @@ class Rehearsal(SingleProcess):
         return Holders("others", 0, self.world_size)
 
     def split(self, model: Transformer) -> None:
-        split_experts(model, self.member, self.ep_size, parts=self.parts)
+        split_experts(model, self.member, self.ep_size)
 
 
 def plan_ranks(config: TrainConfig, counts: list[int], ep_size: int | None) -> str:
@@ -386,7 +369,7 @@ def plan_ranks(config: TrainConfig, counts: list[int], ep_size: int | None) -> s
 
     def rehearse(base: ModelConfig, expert_cfg: dict | None) -> list[Rehearsal]:
         sizes = [(count, count if ep_size is None else ep_size) for count in counts]
-        return [Rehearsal(config, *size, base.n_routed_experts, expert_cfg) for size in sizes]
+        return [Rehearsal(*size, base.n_routed_experts, expert_cfg) for size in sizes]
 
     return plan(config, compute_gradients, rehearse)
 

@@ -1,9 +1,9 @@
 """Computes what `model.experts_loop` computes by grouped matrix products: one call serves all
 experts of a layer, because their weights lie side by side in one tensor, a stack.
 
-Dimensions as in model.py, but E is the number of experts that this process holds. Slots are sorted
-by place in the stack; `ends` (E,) says where the slots of each place end. S is the number of slots
-of these experts: all N * K, unless another process holds some of a layer's experts."""
+Dimensions as in model.py, but E is the number of experts that this process holds, and S that of
+their slots: N * K, unless other processes hold some experts of a layer. Slots are sorted by place
+in the stack; `ends` (E,) says where the slots of each place end."""
 
 from typing import NamedTuple
 
@@ -280,8 +280,8 @@ def take_rows(x: Tensor, index: Tensor, count: Tensor) -> Tensor:
 
 
 def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
-    """out (S, D), sorted -> the sum of each token's K slots (N, D). A slot whose place is not among
-    the S counts as zero. It has no backward."""
+    """out (S, D), sorted -> the sum of each token's K slots (N, D). A slot whose place is from S on
+    counts as zero. It has no backward."""
     # Compiled code, too, calls this kernel. Torch fused the sum into the gradient of the norm
     # before, stored a value there, and read it back without a barrier (pytorch 190519).
     if has_kernels(out):
@@ -292,14 +292,13 @@ def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
 
 
 def by_token(values: Tensor, inverse: Tensor) -> Tensor:
-    """values (S,), sorted -> of all slots in the order of tokens (N * K,); 0 where a slot's place is
-    not among the S."""
+    """values (S,), sorted -> in the order of tokens (N * K,); 0 where a slot's place is from S on."""
     values, inverse = with_zero(values, inverse)
     return values[inverse]
 
 
 def with_zero(out: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts a zero behind `out`, where it has not all slots, and lets the others' places be there."""
+    """Puts a zero behind `out`, if it has not all slots, and lets the others' places be there."""
     if len(out) == len(inverse):
         return out, inverse
     return torch.cat([out, out.new_zeros(1, *out.shape[1:])]), inverse.clamp(max=len(out))

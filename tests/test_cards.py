@@ -84,7 +84,7 @@ def test_every_choice_needs_what_its_own_rehearsal_says(ranks, experts):
         seq_length=24, batch_size=4, gradient_accumulation_steps=2, dtype="bfloat16", device="cuda"
     )
     config.experts = experts
-    rank = Rehearsal(config, ranks, ranks, 8, cfg)
+    rank = Rehearsal(ranks, ranks, 8, cfg)
     needs = plan_choices(config, base, cfg, rank, compute_gradients)
     assert list(needs) == [*product(KINDS, PLACES)]
     for (kind, place), need in needs.items():
@@ -346,7 +346,7 @@ def test_auto_on_the_card_that_is_here(tmp_path, small_cards, layers):
 
 def test_the_fewest_ranks_that_fit(tmp_path, small_cards):
     config = small_run(tmp_path, fields=LARGER, gradient_accumulation_steps=1)
-    peaks = {n: planned_peaks(config, Rehearsal(config, n, n, 8, EXPERT_CFG)) for n in (2, 4, 8)}
+    peaks = {n: planned_peaks(config, Rehearsal(n, n, 8, EXPERT_CFG)) for n in (2, 4, 8)}
     least = min(peaks[4].values())
     assert min(peaks[8].values()) < least < min(peaks[2].values())
     small_cards(2, least + 0.1, max(peaks[2].values()))

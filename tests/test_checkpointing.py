@@ -94,7 +94,7 @@ def test_the_fewest_layers_that_a_real_step_needs(checkpoint, monkeypatch, chang
         # Masters and moments beside the weights; on a CPU also where they are the host's.
         beside = (8 if config.dtype == "float32" else 12) * numbers
         if place:
-            beside = checkpointing.host_bytes(trained)
+            beside = checkpointing.host_bytes(trained, SingleProcess())
         peaks.append(beside + allocations.peak)
     inputs = SimpleNamespace(base_config=model.config)
     for count in range(1, 4):

@@ -110,12 +110,12 @@ def test_a_plan_over_ranks_does_not_depend_on_the_order_of_the_experts():
     for experts in ([0, 1, 6, 7], [6, 7, 0, 1]):
         base = small_config(**sizes)
         cfg = {"experts": {str(layer): experts for layer in base.moe_layers}}
-        rank = Rehearsal(config, 4, 4, 8, cfg)
+        rank = Rehearsal(4, 4, 8, cfg)
         need = plan_rank(config, base, cfg, rank, compute_gradients)
         needs.append({name: v for name, v in need.items() if name != "peak"})
     assert needs[0] == needs[1]
     # The rank that is planned is the one that trains the most.
-    assert Rehearsal(config, 4, 4, 8, {"experts": {"1": [0, 6], "2": [0, 6, 7]}}).member == 3
+    assert Rehearsal(4, 4, 8, {"experts": {"1": [0, 6], "2": [0, 6, 7]}}).member == 3
 
 
 def test_plan_by_hand(tmp_path):
@@ -144,7 +144,7 @@ def test_plan_by_hand(tmp_path):
         (1, 4, 16, "4 of 2 rows"),
         (4, 2, 4, "1 of 2 rows"),
     ):
-        rank = Rehearsal(config, ranks, ranks, 8, cfg)
+        rank = Rehearsal(ranks, ranks, 8, cfg)
         need = plan_rank(config, meta.config, cfg, rank, compute_gradients)
         assert need["trained"] == mine * expert  # of four ranks the first: experts 0 and 1
         assert need["held"] == total - (16 - experts) * expert
@@ -223,7 +223,7 @@ def test_what_ranks_exchange_by_hand():
     base = ModelConfig(**V2_LITE)
     # Forward and backward of the linear layers, and 0.57 GFLOP of attention, 2.5 times in backward.
     assert step_flops(config, base) == pytest.approx(2 * 4.9e9 + 3.5 * 0.57e9, rel=0.01)
-    columns = [Rehearsal(config, 8, 8, 64, None), Rehearsal(config, 16, 4, 64, None)]
+    columns = [Rehearsal(8, 8, 64, None), Rehearsal(16, 4, 64, None)]
     lines = dict(re.split(r"\s{3,}", line, maxsplit=1) for line in lines_of(config, base, columns))
     # 4 rows of 4096 tokens, and 2 rows; 7 of 8 slots, and 3 of 4, are for other ranks.
     assert lines["x 6 experts, those on other ranks"].split() == ["86,016", "36,864"]

@@ -110,8 +110,8 @@ class RunDirectory:
 
     def save_checkpoint(self, optimizer: MasterAdamW, state: dict) -> None:
         """Begins to write checkpoints/step-N, unless it is there (or N is 0): each rank copies its
-        part of the optimizer, and a thread writes that to a file while training goes on. First ends the
-        checkpoint before, and raises as `finish_checkpoint` does."""
+        part of the optimizer, and a thread writes that to a file while training goes on. First ends
+        the checkpoint before, and raises as `finish_checkpoint` does."""
         self.finish_checkpoint()
         ranks, directory = self.ranks, self.file(f"checkpoints/step-{state['step']:06d}")
         if not state["step"] or ranks.on_first(directory.exists):

@@ -1,4 +1,6 @@
-"""What the ranks of a plan send to each other, and how long that takes."""
+"""What the ranks of a plan send to each other, how long that takes, and what memory it needs."""
+
+from math import comb
 
 import torch
 
@@ -9,7 +11,9 @@ from processes import SingleProcess
 from training.config import TrainConfig
 from training.table import size_text, table_row
 
-LINKS = {"NVLink 4": 450, "400 Gbit/s a GPU": 50}  # GB/s one way
+# GB/s one way: as four H100s of one host exchange tokens (docs/several_gpus.md), and the nominal one
+# of a network.
+LINKS = {"NVLink 4": 145, "400 Gbit/s a GPU": 50}
 # A second: measured for whole steps of the V2-Lite job on an H200 (docs/several_gpus.md).
 FLOPS = 350e12
 
@@ -33,6 +37,22 @@ def step_flops(config: TrainConfig, base: ModelConfig) -> float:
     return 2 * (linear * (forwards + 1) + seen * (forwards + 2.5))
 
 
+def ranks_reached(E: int, R: int, K: int) -> float:
+    """Returns to how many of R ranks a token goes on average, if its K of E experts are drawn
+    evenly. Where they come from some groups of experts only, as in V3, it goes to fewer."""
+    return R * (1 - comb(E - E // R, K) / comb(E, K))
+
+
+def nccl_bytes(world_size: int, ep_size: int) -> int:
+    """Returns what NCCL takes of a GPU beside torch's memory: 0.13 GiB for each group that the rank
+    is in and 0.175 for each member; 0.4 for each other rank that it sends tokens to. Measured in
+    groups of two and four H100s of one host. Of larger groups 8 ranks count, those of a host."""
+    smaller = [n for n in (ep_size, world_size // ep_size) if 1 < n < world_size]
+    groups = [min(n, 8) for n in (world_size, *smaller) if n > 1]
+    gib = sum(0.13 + 0.175 * n for n in groups) + 0.4 * (min(ep_size, 8) - 1)
+    return round(gib * 2**30)
+
+
 def exchange_lines(
     config: TrainConfig, base: ModelConfig, columns: list[SingleProcess]
 ) -> list[str]:
@@ -43,13 +63,15 @@ def exchange_lines(
     sizes = config.batch_size, config.micro_batch
     batches = [micro_batches(*sizes, 0, c.world_size) for c in columns]
     tokens = [len(parts[0]) * config.seq_length for parts in batches]
-    slots = [n * K * (c.ep_size - 1) // c.ep_size for n, c in zip(tokens, columns)]
-    way = [count * base.hidden_size * size for count in slots]
+    others = [(c.ep_size - 1) / c.ep_size for c in columns]
+    reached = [ranks_reached(base.n_routed_experts, c.ep_size, K) for c in columns]
+    sent = [round(n * r * part) for n, r, part in zip(tokens, reached, others)]
+    way = [count * base.hidden_size * size for count in sent]
     step = [n * ways * layers * len(parts) for n, parts in zip(way, batches)]
     rows = {
         "exchange of one rank: ep_size": [str(c.ep_size) for c in columns],
         "tokens of a micro-batch": [f"{n:,}" for n in tokens],
-        f"x {K} experts, those on other ranks": [f"{n:,}" for n in slots],
+        f"x the other ranks with some of its {K} experts": [f"{n:,}" for n in sent],
         f"x {base.hidden_size} x {size} bytes: one way": map(size_text, way),
         f"x {ways} ways: a layer and micro-batch": [size_text(n * ways) for n in way],
         f"x {layers} layers x micro-batches: a step": map(size_text, step),

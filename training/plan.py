@@ -110,6 +110,7 @@ def held_bytes(
         "weights": weight_bytes(model),
         "masters": 0 if config.dtype == "float32" else 4 * count,  # float32 weights are masters
         "moments": 8 * count,
+        "buffers": ranks.buffers if config.device.startswith("cuda") else 0,
     }
 
 
@@ -264,6 +265,8 @@ def table(config: TrainConfig, columns: list, needs: list[dict]) -> list[str]:
         gib("AdamW's moments, float32", "moments"),
         gib("gradients, float32", "gradients"),
     ]
+    if any(need["buffers"] for need in needs):
+        lines.append(gib("NCCL's buffers", "buffers"))
     if all(each.world_size == 1 for each in columns):
         what = "scoring, evaluation at least" if config.eval_sets else "scoring"
         lines.append(gib(f"peak of {what}", ("peak", "inference")))
