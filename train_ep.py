@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -186,8 +187,9 @@ class Exchange:
         routing = torch.cat([weights, indices.to(weights.dtype)], 1)  # (N, 2K)
         route = self.depart(x, routing, *self.destinations(indices))
         shared = self.moe.shared_experts(x)  # while the tokens travel
-        y = self.at_experts(route) + shared
-        return y if torch.is_grad_enabled() else self.of_all_ranks(y, share)[:N]
+        # With LoRA `run_experts` is another one, and a layer is compiled anew: that of the shared
+        # experts is a hook, which the compiler does not look at.
+        return self.at_experts(route, shared, self.moe.run_experts, N)
 
     def destinations(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """indices (N, K) -> tokens in the order of the ranks that they go to, and the inverse of
@@ -211,21 +213,20 @@ class Exchange:
         return route
 
     @torch.compiler.disable
-    def at_experts(self, route: Route) -> Tensor:
-        """Returns the sum of the routed experts (N, D)."""
+    def at_experts(self, route: Route, shared: Tensor, run_experts: Callable, N: int) -> Tensor:
+        """Returns the sum of routed and shared experts (N, D)."""
         coming, route.coming = route.coming, ()  # a checkpointed layer must not keep them
         arrived = Arrive.apply(*coming, route)
         self.moe.experts.slots_here = route.slots
-        y = self.moe.run_experts(self.moe, *arrived)
-        return Return.apply(Leave.apply(y, self.anchor, route), route)
-
-    @torch.compiler.disable
-    def of_all_ranks(self, y: Tensor, share: int) -> Tensor:
-        """Returns the results of all ranks, `share` tokens of each. This rank's are y."""
+        y = run_experts(self.moe, *arrived)
+        y = Return.apply(Leave.apply(y, self.anchor, route), route) + shared
+        if torch.is_grad_enabled():
+            return y
+        share = -(-N // self.size)
         padded = nn.functional.pad(y, (0, 0, 0, share - len(y)))
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded, group=self.group)
-        return torch.cat(gathered)
+        return torch.cat(gathered)[:N]
 
     def exchanged(self, counts: Tensor, K: int, N: int) -> list[list[tuple[int, int]]]:
         """counts (R, 2), tokens and slots from here to each rank -> these, and those from each to

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -149,33 +150,37 @@ def profiled(measured: Measured, device: str) -> dict[str, float]:
     }
 
 
-def measure(
-    base: ModelConfig, parallel: ExpertParallel, c: TrainConfig, steps: int, profiling: bool
-) -> list[dict]:
-    """Of one setting: a row for train_ep.py, and on one rank before it one for train.py."""
-    ranks, device = parallel.world_size, c.device
+def planned(base: ModelConfig, ranks: int, ep_size: int, c: TrainConfig) -> float:
+    """What --plan says of the peak of a step's tensors, in GiB."""
     expert_cfg = published_numbers(base)
-    rehearsal = Rehearsal(ranks, parallel.ep_size, base.n_routed_experts, expert_cfg)
+    rehearsal = Rehearsal(ranks, ep_size, base.n_routed_experts, expert_cfg)
     parts = model_of_rank(c, base, expert_cfg, rehearsal)
     peak_of = peak_of_step(c, *parts, rehearsal, compute_gradients)
     layers = base.num_hidden_layers if c.gradient_checkpointing else 0
-    planned = peak_of(layers) - held_bytes(c, *parts, rehearsal)["buffers"]
+    return (peak_of(layers) - held_bytes(c, *parts, rehearsal)["buffers"]) / GIB
+
+
+def measure(
+    base: ModelConfig, parallel: ExpertParallel, c: TrainConfig, plan: float, args: Namespace
+) -> list[dict]:
+    """Of one setting: a row for train_ep.py, and on one rank before it one for train.py."""
+    ranks, device = parallel.world_size, c.device
     model = random_model(base, device, parallel)
     empty_memory(device)
     measured = Measured(model, c, parallel)
     with counting() as sent:
         measured.step()
     ways = [SingleProcess(), parallel] if ranks == 1 else [parallel]
-    seconds = alternating(measured, ways, device, steps)
+    seconds = alternating(measured, ways, device, args.steps)
     peak, beside = peak_gib(device), 0.0
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info()
         beside = (total - free - torch.cuda.memory_reserved()) / GIB
     tokens = c.batch_size * c.seq_length
-    one_way = exchange_seconds(base, tokens // ranks, parallel, steps)
+    one_way = exchange_seconds(base, tokens // ranks, parallel, args.steps)
     of_ranks = parallel.from_all((peak, beside, sum(sent) / max(len(sent), 1) / MIB))
     peaks, besides, ways_mib = zip(*of_ranks)
-    kernels = parallel.from_all(profiled(measured, device))[0] if profiling else {}
+    kernels = parallel.from_all(profiled(measured, device))[0] if args.profile else {}
     measured.optimizer.shared.release()
     return [
         {
@@ -187,7 +192,7 @@ def measure(
             "tokens_per_second": round(tokens / taken),
             "of_a_gpu": round(tokens / taken / ranks),
             "peak_gib": round(max(peaks), 2),
-            "planned_gib": round(planned / GIB, 2),
+            "planned_gib": round(plan, 2),
             "beside_gib": round(max(besides), 2),
             "sent_mib": round(sum(ways_mib) / ranks, 1),
             "one_way_ms": round(one_way * 1e3, 3),
@@ -216,6 +221,8 @@ COLUMNS = {  # key of a row -> head, width
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=9, help="timed steps (default: 9)")
+    said = "rows a rank (default: 1 4)"
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help=said)
     parser.add_argument("--profile", action="store_true", help="say what kernels run in a step")
     args = parser.parse_args()
     if args.tiny and args.profile:
@@ -229,23 +236,33 @@ def main() -> None:
     print(f"{ranks} ranks, bfloat16, rows of {length} tokens, medians of {args.steps} steps")
     print(" ".join(f"{head:>{width}}" for head, width in COLUMNS.values()))
     results = []
-    for ep_size in [size for size in range(ranks, 0, -1) if ranks % size == 0]:
-        # Compiling on a CPU takes longer than a test may.
-        wanted = (
-            [(1, False)] if args.tiny else [(r, saving) for saving in (False, True) for r in (1, 4)]
-        )
-        for rows, saving in wanted:
-            c = settings(device, length, rows, ranks, not args.tiny, saving)
-            parallel.form_groups(c, ep_size)
-            for row in measure(base, parallel, c, args.steps, args.profile):
-                results.append(row)
-                cells = [f"{row[key]:>{width}}" for key, (_, width) in COLUMNS.items()]
-                print(" ".join(cells), flush=True)
-                if row["kernels_ms"]:
-                    print(f"  ms of kernels on the first rank: {row['kernels_ms']}", flush=True)
-            empty_memory(device)
-            for group in {parallel.world, parallel.same_replica, parallel.same_experts} - {None}:
-                dist.destroy_process_group(group)
+    wanted = [
+        (ep_size, rows, saving)
+        for ep_size in range(1, ranks + 1)
+        if ranks % ep_size == 0
+        for rows in args.rows
+        for saving in (False, True)
+    ]
+    wanted = wanted[::4] if args.tiny else wanted
+    # Compiling on a CPU takes longer than a test may.
+    configs = [settings(device, length, rows, ranks, not args.tiny, s) for _, rows, s in wanted]
+    cases = [(ep_size, c) for (ep_size, *_), c in zip(wanted, configs)]
+    # Each rank plans some.
+    plans = parallel.from_all(
+        [planned(base, ranks, *case) for case in cases[parallel.rank :: ranks]]
+    )
+    for number, (ep_size, c) in enumerate(cases):
+        parallel.form_groups(c, ep_size)
+        plan = plans[number % ranks][number // ranks]
+        for row in measure(base, parallel, c, plan, args):
+            results.append(row)
+            cells = [f"{row[key]:>{width}}" for key, (_, width) in COLUMNS.items()]
+            print(" ".join(cells), flush=True)
+            if row["kernels_ms"]:
+                print(f"  ms of kernels on the first rank: {row['kernels_ms']}", flush=True)
+        empty_memory(device)
+        for group in {parallel.world, parallel.same_replica, parallel.same_experts} - {None}:
+            dist.destroy_process_group(group)
     if ranks == 1:
         pairs = zip(results[::2], results[1::2])
         ratios = [f"{theirs['ms'] / mine['ms']:.3f}" for theirs, mine in pairs]

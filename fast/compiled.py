@@ -20,8 +20,6 @@ def compiled_block(tuned: bool) -> Callable:
     `tuned` lets the compiler try several sizes for each kernel, for half a minute more."""
     # Each shape needs a graph. Beyond torch's limit of 8, blocks would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    # LoRA is a hook of a Linear (lora.py): with it, a graph made without it is wrong.
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
     for asks_machine in (kernels_run, on_hopper):  # here, as it imports the compiler, for a second
         torch.compiler.assume_constant_result(asks_machine)
     # A kernel that sums along both dimensions, as it serves trained norms, may write wrong
