@@ -86,8 +86,8 @@ class Route:
 
 
 class Depart(torch.autograd.Function):
-    """Starts to send tokens to their experts: x (N, D), and their weights and experts (N, 2K) -> the
-    same of the M tokens that come here."""
+    """Starts to send tokens to their experts: x (N, D), and weights and experts side by side as
+    `routing` (N, 2K) -> the same of the M tokens that come here."""
 
     @staticmethod
     def forward(ctx, x, routing, route):

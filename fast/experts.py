@@ -292,7 +292,8 @@ def sum_slots(out: Tensor, inverse: Tensor, K: int) -> Tensor:
 
 
 def by_token(values: Tensor, inverse: Tensor) -> Tensor:
-    """values (S,), sorted -> in the order of tokens (N * K,); 0 where a slot's place is from S on."""
+    """values (S,), sorted -> in the order of tokens (N * K,); 0 for a slot whose place is from S
+    on."""
     values, inverse = with_zero(values, inverse)
     return values[inverse]
 

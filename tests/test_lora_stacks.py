@@ -84,10 +84,6 @@ def test_the_optimizers_state_has_the_same_names_and_values_with_and_without_sta
         assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
         for name, p in optimizer.trained.items():
             assert torch.equal(p, saved[f"master.{name}"])
-    one = "model.layers.2.mlp.experts.5.up_proj.lora_B.weight"
-    assert optimizers[0].state(lambda name: name == one).keys() == {
-        f"{kind}.{one}" for kind in ("master", "exp_avg", "exp_avg_sq")
-    }
 
 
 @pytest.mark.parametrize("rank", [3, 16])

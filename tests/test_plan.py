@@ -1,6 +1,8 @@
 """What --plan says equals what a step takes; what a finished run shows."""
 
+import itertools
 import json
+import math
 import re
 import sys
 
@@ -22,7 +24,7 @@ from train_ep import Rehearsal, plan_ranks
 from training import plan as planning
 from training import report as reporting
 from training.config import TrainConfig
-from training.exchange import exchange_lines, step_flops
+from training.exchange import exchange_lines, nccl_bytes, ranks_reached, step_flops
 from training.optimizer import MasterAdamW, mark_trained
 from training.plan import plan, plan_rank
 from training.rehearsal import Allocations, step_bytes
@@ -140,19 +142,22 @@ def test_plan_by_hand(tmp_path):
     total = sum(p.numel() for p in meta.parameters())
     expert = 3 * 32 * 8
     cfg = json.loads((tmp_path / "cfg.json").read_text())
-    for ranks, mine, experts, micro_batches in (
-        (1, 4, 16, "4 of 2 rows"),
-        (4, 2, 4, "1 of 2 rows"),
+    for ranks, ep_size, mine, own, experts, micro_batches, buffers in (
+        (1, 1, 4, 4, 16, "4 of 2 rows", 0),
+        (4, 4, 2, 2, 4, "1 of 2 rows", 2078),  # (0.13 + 4 x 0.175 + 3 x 0.4) GiB
+        (4, 1, 4, 1, 16, "1 of 2 rows", 849),  # (0.13 + 4 x 0.175) GiB
     ):
-        rank = Rehearsal(ranks, ranks, 8, cfg)
+        rank = Rehearsal(ranks, ep_size, 8, cfg)
         need = plan_rank(config, meta.config, cfg, rank, compute_gradients)
         assert need["trained"] == mine * expert  # of four ranks the first: experts 0 and 1
         assert need["held"] == total - (16 - experts) * expert
         assert need["weights"] == 2 * need["held"]
-        assert need["masters"] == need["gradients"] == 4 * need["trained"]
-        assert need["moments"] == 8 * need["trained"]
+        # Of four replicas each updates one expert of four.
+        assert need["masters"] == need["gradients"] == 4 * own * expert
+        assert need["moments"] == 8 * own * expert
         assert need["micro-batches"] == micro_batches
-        fixed = need["weights"] + need["masters"] + need["moments"]
+        assert need["buffers"] // 2**20 == buffers
+        fixed = need["weights"] + need["masters"] + need["moments"] + need["buffers"]
         for checkpointing in (True, False):
             activations = need["activations", checkpointing]
             assert need["peak", checkpointing] == fixed + need["gradients"] + activations
@@ -225,16 +230,34 @@ def test_what_ranks_exchange_by_hand():
     assert step_flops(config, base) == pytest.approx(2 * 4.9e9 + 3.5 * 0.57e9, rel=0.01)
     columns = [Rehearsal(8, 8, 64, None), Rehearsal(16, 4, 64, None)]
     lines = dict(re.split(r"\s{3,}", line, maxsplit=1) for line in lines_of(config, base, columns))
-    # 4 rows of 4096 tokens, and 2 rows; 7 of 8 slots, and 3 of 4, are for other ranks.
-    assert lines["x 6 experts, those on other ranks"].split() == ["86,016", "36,864"]
-    way = 16384 * 6 * 7 // 8 * 2048 * 2
+    # 4 rows of 4096 tokens, and 2 rows. A rank holds none of a token's 6 experts of 64 if these are
+    # all among the 56, or 48, of other ranks.
+    shares = [(1 - math.comb(64 - 64 // R, 6) / math.comb(64, 6)) * (R - 1) for R in (8, 4)]
+    sent = [round(16384 * shares[0]), round(8192 * shares[1])]
+    label = "x the other ranks with some of its 6 experts"
+    assert lines[label].split() == [f"{n:,}" for n in sent] == ["65,021", "20,553"]
+    way = sent[0] * 2048 * 2
     assert lines["x 2048 x 2 bytes: one way"].startswith(f"{way / 2**20:.1f} MiB")
     step = way * 26 * 4
     assert lines["x 26 layers x micro-batches: a step"].startswith(f"{step / 2**30:.2f} GiB")
     arithmetic = 16384 * step_flops(config, base) / 350e12
-    taken = step / 450e9
+    taken = step / 145e9
     share = taken / (taken + arithmetic)
-    assert lines["exchange at 450 GB/s (NVLink 4)"].startswith(f"{taken:.2f} s, {share:.0%}")
+    assert lines["exchange at 145 GB/s (NVLink 4)"].startswith(f"{taken:.2f} s, {share:.0%}")
+
+
+def test_to_how_many_ranks_a_token_goes():
+    """All ways to draw 3 of 8 experts, of which each of four ranks holds two."""
+    drawn = [{e // 2 for e in experts} for experts in itertools.combinations(range(8), 3)]
+    assert ranks_reached(8, 4, 3) == pytest.approx(sum(map(len, drawn)) / len(drawn))
+    assert ranks_reached(8, 8, 3) == 3 and ranks_reached(8, 1, 3) == 1
+
+
+def test_what_nccl_takes():
+    """Within 0.1 GiB of what four H100s said, of which two and two are groups, and exchange."""
+    for ep_size, measured in ((4, 2.01), (2, 2.15), (1, 0.83)):
+        assert nccl_bytes(4, ep_size) / 2**30 == pytest.approx(measured, abs=0.1)
+    assert nccl_bytes(1, 1) == 0
 
 
 def lines_of(config, base, columns) -> list[str]:
