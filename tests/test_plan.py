@@ -241,9 +241,9 @@ def test_what_ranks_exchange_by_hand():
     step = way * 26 * 4
     assert lines["x 26 layers x micro-batches: a step"].startswith(f"{step / 2**30:.2f} GiB")
     arithmetic = 16384 * step_flops(config, base) / 350e12
-    taken = step / 145e9
+    taken = step / 130e9
     share = taken / (taken + arithmetic)
-    assert lines["exchange at 145 GB/s (NVLink 4)"].startswith(f"{taken:.2f} s, {share:.0%}")
+    assert lines["exchange at 130 GB/s (NVLink 4)"].startswith(f"{taken:.2f} s, {share:.0%}")
 
 
 def test_to_how_many_ranks_a_token_goes():

@@ -11,9 +11,9 @@ from processes import SingleProcess
 from training.config import TrainConfig
 from training.table import size_text, table_row
 
-# GB/s one way: as four H100s of one host exchange tokens (docs/several_gpus.md), and a network's
+# GB/s one way: as four H100s exchange tokens in a step (docs/several_gpus.md), and a network's
 # nominal one.
-LINKS = {"NVLink 4": 145, "400 Gbit/s a GPU": 50}
+LINKS = {"NVLink 4": 130, "400 Gbit/s a GPU": 50}
 # A second: measured for whole steps of the V2-Lite job on an H200 (docs/several_gpus.md).
 FLOPS = 350e12
 
