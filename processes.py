@@ -21,7 +21,7 @@ class Holders(NamedTuple):
     """The ranks that hold a parameter."""
 
     kind: str  # differs where the ranks differ
-    place: int  # of this rank among them
+    place: int | None  # of this rank among them; None in a plan: the one that updates the most
     count: int
 
 

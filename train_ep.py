@@ -79,10 +79,10 @@ class Route:
         return arrived
 
 
-# Each way has two ends, so that other work can be done in between. The backward of one end is the
-# other end of the way back. Autograd runs what was called last first, so that there, too, the same
-# work lies in between. What passes from `Depart` to `Arrive`, and from `Leave` to `Return`, may be
-# read behind the second only.
+# The way to the experts has two ends, so that other work can be done in between. In backward they
+# are the two ends of the gradients' way back. Autograd runs what was called last first, so that the
+# same work lies in between there. What passes from `Depart` to `Arrive` may be read behind the
+# second only.
 
 
 class Depart(torch.autograd.Function):
@@ -119,40 +119,27 @@ class Arrive(torch.autograd.Function):
         return None, None, None  # `Depart` has its own
 
 
-class Leave(torch.autograd.Function):
-    """Starts to send the experts' outputs y (M, D) back: -> (T, D).
+class Return(torch.autograd.Function):
+    """Sends the experts' outputs y (M, D) back, and sums them by token (N, D).
 
     `anchor` requires a gradient and gets none. So the backward of every rank comes here, even if
     the rank trains nothing: otherwise the others would wait for it."""
 
     @staticmethod
     def forward(ctx, y, anchor, route):
-        ctx.route = route
-        ctx.set_materialize_grads(False)
-        return route.start([y], back=True)[0]
-
-    @staticmethod
-    def backward(ctx, _):
-        return *ctx.route.finish(), None, None
-
-
-class Return(torch.autograd.Function):
-    """Waits for what `Leave` sent, and sums it by token: (T, D) -> (N, D)."""
-
-    @staticmethod
-    def forward(ctx, out, route):
         # Save after the exchange: a checkpointed layer that runs again stops at the last tensor
         # that was saved, and all ranks must run the exchange.
-        y = route.sum(*route.finish())
+        route.start([y], back=True)
+        out = route.sum(*route.finish())
         ctx.save_for_backward(route.token)
         ctx.route = route
-        return y
+        return out
 
     @staticmethod
     def backward(ctx, dy):
         (token,) = ctx.saved_tensors
         ctx.route.start([dy.index_select(0, token)])
-        return None, None  # `Leave` has its own
+        return *ctx.route.finish(), None, None
 
 
 class Elsewhere(nn.Module):
@@ -208,7 +195,8 @@ class Exchange:
         there, here = self.exchanged(counts, routing.shape[1] // 2, len(x))
         sent, arriving = [n for n, _ in there], [n for n, _ in here]
         slots = sum(n for _, n in here)
-        route = Route(token[: sum(sent)], inverse, sent, arriving, slots, self.group)
+        token = token[: sum(sent)].clone()  # without the rest, which a layer would keep
+        route = Route(token, inverse, sent, arriving, slots, self.group)
         route.coming = Depart.apply(x, routing, route)
         return route
 
@@ -219,7 +207,7 @@ class Exchange:
         arrived = Arrive.apply(*coming, route)
         self.moe.experts.slots_here = route.slots
         y = run_experts(self.moe, *arrived)
-        y = Return.apply(Leave.apply(y, self.anchor, route), route) + shared
+        y = Return.apply(y, self.anchor, route) + shared
         if torch.is_grad_enabled():
             return y
         share = -(-N // self.size)
@@ -287,7 +275,13 @@ class ExpertParallel(ManyProcesses):
         ranks = torch.arange(self.world_size).view(self.replicas, ep_size)
         self.same_replica = groups(ranks)[self.replica]
         self.same_experts = groups(ranks.T)[self.rank % ep_size]
-        self.buffers = nccl_bytes(self.world_size, ep_size)
+        # Connects them now: what that takes of a GPU is gone before a run is fitted to the rest.
+        for group in (self.world, self.same_replica, self.same_experts):
+            if group is not None:
+                dist.all_reduce(torch.ones(1, device=device), group=group)
+        if self.same_replica is not None:
+            ones = torch.ones(ep_size, device=device)
+            dist.all_to_all_single(torch.empty_like(ones), ones, group=self.same_replica)
 
     def split(self, model: Transformer) -> None:
         balanced = self.config.balance_weight(model.config) > 0
@@ -299,14 +293,16 @@ class ExpertParallel(ManyProcesses):
 
     def holders(self, name: str) -> Holders:
         # An expert's gradient already has the tokens of its replica.
-        if is_expert(name):
+        if is_expert(name) and self.ep_size > 1:
             return Holders("experts", self.replica, self.replicas)
-        return Holders("others", self.rank, self.world_size)
+        return Holders("all", self.rank, self.world_size)
 
     def group(self, name: str) -> dist.ProcessGroup:
-        return self.same_experts if is_expert(name) else self.world
+        return self.same_experts if self.holders(name).kind == "experts" else self.world
 
-    def start_sum(self, tensor: Tensor, name: str, owner: int) -> dist.Work:
+    def start_sum(self, tensor: Tensor, name: str, owner: int) -> dist.Work | None:
+        if tensor.is_meta:  # a plan
+            return None
         return dist.reduce(tensor, group=self.group(name), group_dst=owner, async_op=True)
 
     def send(self, tensor: Tensor, name: str, owner: int) -> None:
@@ -317,7 +313,7 @@ class ExpertParallel(ManyProcesses):
         return self.sum(norm**2).sqrt()
 
     def saves(self, name: str) -> bool:
-        """Returns whether this rank sends the trained tensor of that name to the first."""
+        """Returns whether the first rank gets the trained tensor of that name from here."""
         return self.rank < self.ep_size and (is_expert(name) or self.rank == 0)
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -356,10 +352,9 @@ class Rehearsal(SingleProcess):
         self.buffers = nccl_bytes(world_size, ep_size)
 
     def holders(self, name: str) -> Holders:
-        # The first has the most of what ranks update.
-        if is_expert(name):
-            return Holders("experts", 0, self.world_size // self.ep_size)
-        return Holders("others", 0, self.world_size)
+        if is_expert(name) and self.ep_size > 1:
+            return Holders("experts", None, self.world_size // self.ep_size)
+        return Holders("all", None, self.world_size)
 
     def split(self, model: Transformer) -> None:
         split_experts(model, self.member, self.ep_size)

@@ -181,7 +181,6 @@ def measure(
     of_ranks = parallel.from_all((peak, beside, sum(sent) / max(len(sent), 1) / MIB))
     peaks, besides, ways_mib = zip(*of_ranks)
     kernels = parallel.from_all(profiled(measured, device))[0] if args.profile else {}
-    measured.optimizer.shared.release()
     return [
         {
             "step_of": "train.py" if way is not parallel else "train_ep.py",

@@ -21,7 +21,7 @@ class OneOf(SingleProcess):
 
     theirs, news = 10.0, 7.0
 
-    def __init__(self, place: int, count: int):
+    def __init__(self, place: int | None, count: int):
         self.place, self.count, self.asked = place, count, []
 
     def holders(self, name):
@@ -38,13 +38,18 @@ class OneOf(SingleProcess):
             tensor.fill_(self.news)
 
 
+class Taken(dict):
+    def take(self, gradients):
+        self.update(gradients)
+
+
 def parameters_of(sizes: dict[str, int], dtype=torch.float32) -> dict[str, torch.nn.Parameter]:
     return {name: torch.nn.Parameter(torch.zeros(n, 1, dtype=dtype)) for name, n in sizes.items()}
 
 
 def test_who_updates_what(monkeypatch):
-    """Groups follow backward, from the last parameter on. Each goes to the rank with the fewest
-    elements so far. A large parameter is a group of its own."""
+    """Groups follow backward, from the last parameter on. The largest first, each goes to the rank
+    with the fewest elements so far. A large parameter is a group of its own."""
     monkeypatch.setattr(replicas, "GROUP", 5)
     sizes = {"a.0": 9, "alone.1": 4, "a.2": 2, "b.3": 1, "a.4": 3, "a.5": 4, "b.6": 1}
     for place in range(2):
@@ -52,12 +57,15 @@ def test_who_updates_what(monkeypatch):
         found = [([*share.parameters], share.owner) for share in shares]
         assert found == [
             (["b.6"], 0),
-            (["a.5"], 0),
+            (["a.5"], 1),
             (["b.3"], 1),
             (["a.4", "a.2"], 1),
             (["a.0"], 0),
         ]
         assert [share.mine for share in shares] == [owner == place for _, owner in found]
+    # A plan is of the rank that updates the most.
+    mine = [share.owner for share in shares_of(parameters_of(sizes), OneOf(None, 2)) if share.mine]
+    assert mine == [0, 0]
     assert not shares_of(parameters_of(sizes), SingleProcess())
 
 
@@ -72,9 +80,9 @@ def test_gradients_are_summed_in_one_order_while_backward_goes_on(monkeypatch):
     and what others have there."""
     monkeypatch.setattr(replicas, "GROUP", 2)
     parameters = parameters_of({"a.0": 1, "a.1": 2, "a.2": 1, "a.3": 1, "alone.4": 1})
-    ranks, taken = OneOf(1, 2), {}
+    ranks, taken = OneOf(1, 2), Taken()
     shares = shares_of(parameters, ranks)
-    gradients = SharedGradients(shares, ranks, taken.update)
+    gradients = SharedGradients(shares, ranks, taken.take)
     (3 * parameters["a.1"]).sum().backward()
     assert not ranks.asked and parameters["a.1"].grad is None  # it waits for a.3 and a.2
     (5 * parameters["a.2"]).sum().backward()
@@ -89,7 +97,7 @@ def test_gradients_are_summed_in_one_order_while_backward_goes_on(monkeypatch):
     gradients.finish()  # a micro-batch without a token is summed all the same
     assert [name for _, name, _ in ranks.asked] == ["a.3", "a.1", "a.0"]
     assert taken["a.1"].flatten().tolist() == [10, 10]
-    gradients.release()
+    del gradients  # its hooks do not keep it alive, and do nothing without it
     parameters["a.1"].sum().backward()
     assert parameters["a.1"].grad is not None
 

@@ -358,8 +358,8 @@ def test_a_rank_reads_and_holds_its_share_alone(tmp_path, family, fused):
 
 def test_a_run_goes_on_with_another_number_of_ranks(bases, chats, tmp_path):
     """Begun on four ranks, two replicas, stopped by a signal to one of them; on two, with another
-    ep_size, where a disk is full at first; ended by one process. A run of two ranks that is stopped,
-    and goes on the same, ends with the bits of one that is not."""
+    ep_size, where a disk is full at first; ended by one process. A run of two ranks that is
+    stopped, and goes on the same, ends with the bits of one that is not."""
     base = bases["deepseek_v3"]
     wholly = keys(base, chats, tmp_path / "alone", save_steps=1)
     train(TrainConfig(**wholly))

@@ -314,7 +314,7 @@ def check_checkpoint(directory: Path, ranks: SingleProcess) -> None:
 def read_optimizer(
     directory: Path, optimizer: MasterAdamW, trained: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Returns the optimizer's tensors of this rank's parameters. Raises ValueError unless the
+    """Returns the optimizer's tensors of what this rank updates. Raises ValueError unless the
     checkpoint holds just those that `trained` names."""
     tensors, held, own = {}, set(), set(optimizer.own_names)
     for path in sorted(directory.glob("optimizer*.safetensors")):

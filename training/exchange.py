@@ -45,8 +45,9 @@ def ranks_reached(E: int, R: int, K: int) -> float:
 
 def nccl_bytes(world_size: int, ep_size: int) -> int:
     """Returns what NCCL takes of a GPU beside torch's memory: 0.13 GiB for each group that the rank
-    is in and 0.175 for each member; 0.4 for each other rank that it sends tokens to. Measured in
-    groups of two and four H100s of one host. Of larger groups 8 ranks count, those of a host."""
+    is in and 0.175 for each member; 0.4 for each other rank that it sends tokens to. This was
+    measured in groups of two and four H100s of one host. A larger group is assumed to take what 8
+    ranks of one host would."""
     smaller = [n for n in (ep_size, world_size // ep_size) if 1 < n < world_size]
     groups = [min(n, 8) for n in (world_size, *smaller) if n > 1]
     gib = sum(0.13 + 0.175 * n for n in groups) + 0.4 * (min(ep_size, 8) - 1)

@@ -6,7 +6,6 @@ import math
 import os
 from collections import deque
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from processes import SingleProcess
 from training.config import TrainConfig
 from training.optimizer import MasterAdamW, own_part, wholes
+from training.replicas import on_gradient
 
 GROUP = 2**25  # elements, at most, of parameters whose gradients are summed together
 UNDER_WAY = 2**26  # elements of gradients that wait on the device, while the host may go on
@@ -25,7 +25,8 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 class HostAdamW(MasterAdamW):
     """MasterAdamW in host memory. On a CPU, its results have the bits of MasterAdamW's.
 
-    A hook takes each gradient when backward has formed it. When those of a group are there, and
+    It takes each gradient when backward has formed it (of what several ranks hold, their sums from
+    replicas.py). When those of a group are there, and
     while the device goes on, the group's sums so far come to the device, get the gradients, and go
     back. So the sums take none of the host's cores, which have to keep the device busy."""
 
@@ -41,7 +42,7 @@ class HostAdamW(MasterAdamW):
         self.number = {name: i for i, group in enumerate(self.groups) for name in group}
         shared = {name for share in self.shares for name in share.parameters}
         for name in self.own.keys() - shared:
-            self.own[name].register_post_accumulate_grad_hook(partial(self.take_from, name))
+            on_gradient(self.own[name], self.take_from, name)
         self.arrived: dict[int, dict[str, Tensor]] = {}  # gradients of groups, until all are there
         self.rehearses = config.device == "meta"
         if self.rehearses:
@@ -187,8 +188,12 @@ def check_host_memory(
     asked before one of them allocates."""
     if not config.optimizer_device:
         return
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need, left = count * host_bytes(trained, ranks), available_bytes()
+    count, of_all = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        ranks.from_all(host_bytes(trained, ranks)),
+    )
+    here = ranks.rank // count * count  # the first rank of this host
+    need, left = sum(of_all[here : here + count]), available_bytes()
     if need > left:
         of_ranks = f" of {count} ranks" if count > 1 else ""
         needed = (

@@ -118,7 +118,6 @@ def step_bytes(
             for master in optimizer.masters.values():
                 master.grad = torch.empty_like(master)
         compute_gradients(rehearsal, model, rows, alpha, optimizer, ranks)
-    optimizer.shared.release()  # another rehearsal may use these parameters
     return allocations.peak
 
 

@@ -1,19 +1,19 @@
 """What several ranks hold alike. Of these ranks one keeps a parameter's master and moments, and
-updates it (ZeRO, arXiv 1910.02054, stage 2). Gradients are summed there while backward goes on; the
-new values go from there to the others."""
+updates it (ZeRO, arXiv 1910.02054, stage 2). Gradients are summed there while backward goes on,
+once a micro-batch. The new values go from there to the others."""
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
 
 from processes import SingleProcess
 
-GROUP = 2**25  # elements, at most, of parameters that travel together
-UNDER_WAY = 2  # groups whose gradients travel while backward goes on
+GROUP = 2**25  # elements of parameters that travel together; a larger parameter travels alone
+GROUPS_UNDER_WAY = 2  # groups whose gradients travel while backward goes on
 
 
 @dataclass
@@ -23,7 +23,6 @@ class Share:
     parameters: dict[str, nn.Parameter]
     owner: int  # the place, among the ranks that hold them, of the one that updates them
     mine: bool  # whether that is this rank
-    last: int = 0  # backward comes to parameters in an order; the place of the last of these
 
     @property
     def name(self) -> str:
@@ -40,9 +39,9 @@ class Share:
 
 
 def shares_of(parameters: dict[str, nn.Parameter], ranks: SingleProcess) -> list[Share]:
-    """Returns the parameters that several ranks hold, in groups that each go to the rank with the
-    fewest elements so far. Groups come in the order in which backward is done with them, which is
-    the same on all ranks that hold them."""
+    """Returns the parameters that several ranks hold, in groups. The largest first, each group goes
+    to the rank with the fewest elements so far. Groups come in the order in which backward is done
+    with them, which is the same on all ranks that hold them."""
     order = {name: i for i, name in enumerate(reversed(parameters))}
     kinds: dict[tuple, list[str]] = {}
     for name in order:
@@ -51,43 +50,51 @@ def shares_of(parameters: dict[str, nn.Parameter], ranks: SingleProcess) -> list
     shares: list[Share] = []
     for (_, place, count), names in kinds.items():
         whole = sum(parameters[name].numel() for name in names)
-        limit, given = min(GROUP, -(-whole // count)), [0] * count
-        groups: list[Share] = []
+        limit, groups, filled = min(GROUP, -(-whole // count)), [], 0
         for name in names:
-            p = parameters[name]
-            if not groups or groups[-1].size + p.numel() > limit:
-                groups.append(Share({}, 0, False))
-            groups[-1].parameters[name], groups[-1].last = p, order[name]
-        for share in groups:
+            size = parameters[name].numel()
+            if not groups or filled + size > limit:
+                groups.append(Share({}, owner=0, mine=False))
+                filled = 0
+            groups[-1].parameters[name] = parameters[name]
+            filled += size
+        given = [0] * count
+        for share in sorted(groups, key=lambda share: -share.size):
             share.owner = given.index(min(given))
-            share.mine = share.owner == place
             given[share.owner] += share.size
+        for share in groups:
+            share.mine = share.owner == (given.index(max(given)) if place is None else place)
         shares += groups
-    return sorted(shares, key=lambda share: share.last)
+    return sorted(shares, key=lambda share: order[next(reversed(share.parameters))])
+
+
+def on_gradient(p: nn.Parameter, method: Callable, *args) -> None:
+    """Calls a method with `args` and `p` whenever backward has formed the gradient of `p`. The hook
+    does not keep the method's object alive: torch could not free the two together."""
+    weak = WeakMethod(method)
+
+    def hook(p: nn.Parameter) -> None:
+        if (alive := weak()) is not None:
+            alive(*args, p)
+
+    p.register_post_accumulate_grad_hook(hook)
 
 
 class SharedGradients:
     """Sums the gradients of shares over the ranks that hold them, in float32, while backward goes
-    on. The owner's rank passes the sums to `take`; the others keep nothing."""
+    on. The owner passes the sums to `take`; the others keep nothing."""
 
     def __init__(
         self, shares: list[Share], ranks: SingleProcess, take: Callable[[dict[str, Tensor]], None]
     ):
-        self.shares, self.ranks, self.take = shares, ranks, take
+        self.shares, self.ranks, self.take = shares, ranks, WeakMethod(take)
         self.arrived: list[dict[str, Tensor]] = [{} for _ in shares]
         # All ranks must sum groups in one order, so a group waits for those before it.
         self.next = 0
         self.under_way: deque[tuple[Share, Tensor, object]] = deque()
-        self.hooks = [
-            p.register_post_accumulate_grad_hook(partial(self.arrive, number, name))
-            for number, share in enumerate(shares)
-            for name, p in share.parameters.items()
-        ]
-
-    def release(self) -> None:
-        """Leaves gradients at their parameters from now on."""
-        for hook in self.hooks:
-            hook.remove()
+        for number, share in enumerate(shares):
+            for name, p in share.parameters.items():
+                on_gradient(p, self.arrive, number, name)
 
     def arrive(self, number: int, name: str, p: nn.Parameter) -> None:
         """Takes the gradient away from `p`."""
@@ -110,7 +117,7 @@ class SharedGradients:
         work = self.ranks.start_sum(flat, share.name, share.owner)
         self.under_way.append((share, flat, work))
         self.next += 1
-        if len(self.under_way) > UNDER_WAY:
+        if len(self.under_way) > GROUPS_UNDER_WAY:
             self.end()
 
     def end(self) -> None:
@@ -119,7 +126,7 @@ class SharedGradients:
         if work is not None:
             work.wait()
         if share.mine:
-            self.take(share.parts(flat))
+            self.take()(share.parts(flat))
 
     def finish(self) -> None:
         """Sums what is left of a micro-batch."""
