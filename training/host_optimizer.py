@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from processes import SingleProcess
 from training.config import TrainConfig
 from training.optimizer import MasterAdamW, own_part, wholes
-from training.replicas import on_gradient
+from training.replicas import on_gradient, parts_of
 
 GROUP = 2**25  # elements, at most, of parameters whose gradients are summed together
 UNDER_WAY = 2**26  # elements of gradients that wait on the device, while the host may go on
@@ -63,7 +63,7 @@ class HostAdamW(MasterAdamW):
         for group in self.groups:
             if any(p.is_meta for p in group.values()):
                 return super().make_masters()
-            masters |= zip(group, parts_of(self.in_host_memory(group), group))
+            masters |= parts_of(self.in_host_memory(group), group)
         for name, master in masters.items():
             master.copy_(self.parameters[name].detach())
         return masters
@@ -91,7 +91,7 @@ class HostAdamW(MasterAdamW):
             return
         total = self.sums[number]
         first = self.masters[next(iter(group))].grad is None
-        for name, part in zip(group, parts_of(total, group)):
+        for name, part in parts_of(total, group).items():
             self.masters[name].grad = part
         if not self.on_gpu:
             add_to(total.zero_() if first else total, group, arrived)
@@ -129,7 +129,7 @@ class HostAdamW(MasterAdamW):
         for group, total in zip(self.groups, self.sums):
             if self.masters[next(iter(group))].grad is None:  # no token reached it
                 total.zero_()
-                for name, part in zip(group, parts_of(total, group)):
+                for name, part in parts_of(total, group).items():
                     self.masters[name].grad = part
         return super().gradients
 
@@ -158,14 +158,8 @@ def groups_of(parameters: Group) -> list[Group]:
     return groups
 
 
-def parts_of(flat: Tensor, group: Group) -> list[Tensor]:
-    """Returns the parts of `flat` in the shapes of the group's parameters."""
-    parts = flat.split([p.numel() for p in group.values()])
-    return [part.view(p.shape) for part, p in zip(parts, group.values())]
-
-
 def add_to(total: Tensor, group: Group, gradients: dict[str, Tensor]) -> None:
-    parts = dict(zip(group, parts_of(total, group)))
+    parts = parts_of(total, group)
     torch._foreach_add_([parts[name] for name in gradients], [*gradients.values()])
 
 

@@ -32,10 +32,11 @@ class Share:
     def size(self) -> int:
         return sum(p.numel() for p in self.parameters.values())
 
-    def parts(self, flat: Tensor) -> dict[str, Tensor]:
-        """Returns the parts of a tensor (size,), by name, in the parameters' shapes."""
-        parts = flat.split([p.numel() for p in self.parameters.values()])
-        return {name: x.view(p.shape) for x, (name, p) in zip(parts, self.parameters.items())}
+
+def parts_of(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Returns the parts of a one-dimensional tensor, by name, in the shapes of the parameters."""
+    parts = flat.split([p.numel() for p in parameters.values()])
+    return {name: part.view(p.shape) for part, (name, p) in zip(parts, parameters.items())}
 
 
 def shares_of(parameters: dict[str, nn.Parameter], ranks: SingleProcess) -> list[Share]:
@@ -109,7 +110,7 @@ class SharedGradients:
         share, gradients = self.shares[self.next], self.arrived[self.next]
         device = share.parameters[share.name].device
         flat = torch.zeros(share.size, device=device)  # a parameter that no token reached has none
-        parts = share.parts(flat)
+        parts = parts_of(flat, share.parameters)
         if gradients:
             copied = [parts[name] for name in gradients], [*gradients.values()]
             torch._foreach_copy_(*copied)
@@ -126,7 +127,7 @@ class SharedGradients:
         if work is not None:
             work.wait()
         if share.mine:
-            self.take()(share.parts(flat))
+            self.take()(parts_of(flat, share.parameters))
 
     def finish(self) -> None:
         """Sums what is left of a micro-batch."""
@@ -144,4 +145,5 @@ def publish(shares: list[Share], ranks: SingleProcess) -> None:
         flat = torch.cat([p.flatten() for p in share.parameters.values()])
         ranks.send(flat, share.name, share.owner)
         if not share.mine:
-            torch._foreach_copy_([*share.parameters.values()], [*share.parts(flat).values()])
+            parts = parts_of(flat, share.parameters)
+            torch._foreach_copy_([*share.parameters.values()], [*parts.values()])
