@@ -182,12 +182,10 @@ def check_host_memory(
     asked before one of them allocates."""
     if not config.optimizer_device:
         return
-    count, of_all = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        ranks.from_all(host_bytes(trained, ranks)),
-    )
-    here = ranks.rank // count * count  # the first rank of this host
-    need, left = sum(of_all[here : here + count]), available_bytes()
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    first = ranks.rank // count * count  # of this host
+    of_host = ranks.from_all(host_bytes(trained, ranks))[first : first + count]
+    need, left = sum(of_host), available_bytes()
     if need > left:
         of_ranks = f" of {count} ranks" if count > 1 else ""
         needed = (
