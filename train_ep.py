@@ -17,7 +17,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -38,26 +40,49 @@ from training.stopping import ENDINGS, ending
 # Tokens to their experts and back
 
 
+@cache
+def exchange_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 @dataclass
 class Route:
     """How tokens of one layer travel: once to each rank that holds some of their experts."""
 
-    token: Tensor  # (T,) those that go from here, side by side for each rank
+    token: Tensor  # those that go from here, side by side for each rank: (N * R,), of which (T,)
     inverse: Tensor  # (N * R,) as `sort_by_expert` returns it, with ranks in place of experts
-    sent: list[int]  # tokens that go from here to each rank
-    arriving: list[int]  # tokens that come here from each
-    slots: int  # of the experts here, that these tokens have
+    counts: Tensor  # (2, R, 2) tokens and slots, from here to each rank and from each to here
     group: dist.ProcessGroup | None
-    coming: tuple[Tensor, ...] = ()  # what `Depart` returned
+    ready: torch.cuda.Event | None  # after which a GPU has x, and the host has `counts`
+    sent: list[int] = ()  # tokens that go from here to each rank
+    arriving: list[int] = ()  # tokens that come here from each
+    slots: int = 0  # of the experts here, that these tokens have
     under_way: list = None  # what `start` left for `finish`
+
+    def settle(self) -> None:
+        """Waits for the GPU, once a layer, for how many tokens go where."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        there, here = self.counts.tolist()
+        self.sent, self.arriving = [n for n, _ in there], [n for n, _ in here]
+        self.slots = sum(n for _, n in here)
+        self.token = self.token[: sum(self.sent)]
+
+    def beside(self) -> AbstractContextManager:
+        """What a GPU runs in this context waits for `ready` only, not for the shared experts, which
+        were started after that."""
+        if self.ready is None:
+            return nullcontext()
+        stream = exchange_stream(self.token.device)
+        stream.wait_event(self.ready)
+        return torch.cuda.stream(stream)
 
     def sum(self, x: Tensor) -> Tensor:
         """x (T, ...), of tokens that came back -> the sum of each token's ranks (N, ...)."""
         return sum_slots(x, self.inverse, len(self.sent))
 
-    def start(self, tensors: list[Tensor], back: bool = False) -> tuple[Tensor, ...]:
-        """Starts to send tensors (T, ...), or, `back` from the experts, (M, ...). Returns what will
-        hold those that come, after `finish`."""
+    def start(self, tensors: list[Tensor], back: bool = False) -> None:
+        """Starts to send tensors (T, ...), or, `back` from the experts, (M, ...)."""
         send, receive = (self.arriving, self.sent) if back else (self.sent, self.arriving)
         self.under_way = []
         for x in tensors:
@@ -68,7 +93,6 @@ class Route:
                 options = {"group": self.group, "async_op": True}
                 work = dist.all_to_all_single(out, x, receive, send, **options)
             self.under_way.append((out, work))
-        return tuple(out for out, _ in self.under_way)
 
     def finish(self) -> list[Tensor]:
         """Waits for what was sent here and returns it."""
@@ -79,21 +103,19 @@ class Route:
         return arrived
 
 
-# The way to the experts has two ends, so that other work can be done in between. In backward they
-# are the two ends of the gradients' way back. Autograd runs what was called last first, so that the
-# same work lies in between there. What passes from `Depart` to `Arrive` may be read behind the
-# second only.
+# Gradients leave the experts in `Arrive`, and `Depart` waits for them, so that other work can be
+# done in between. Autograd runs what was called last first: the shared experts are called between
+# the two, so their backward lies there, too.
 
 
 class Depart(torch.autograd.Function):
-    """Starts to send tokens to their experts: x (N, D), and weights and experts side by side as
-    `routing` (N, 2K) -> the same of the M tokens that come here."""
+    """Returns x (N, D), and weights and experts side by side as `routing` (N, 2K), for `Arrive`."""
 
     @staticmethod
     def forward(ctx, x, routing, route):
         ctx.route = route
         ctx.set_materialize_grads(False)
-        return route.start([tensor.index_select(0, route.token) for tensor in (x, routing)])
+        return x.view_as(x), routing.view_as(routing)
 
     @staticmethod
     def backward(ctx, _, __):
@@ -102,16 +124,22 @@ class Depart(torch.autograd.Function):
 
 
 class Arrive(torch.autograd.Function):
-    """Waits for what `Depart` sent: x (M, D), weights and indices (M, K)."""
+    """Sends tokens to their experts, and returns those that come here: x (M, D), weights and
+    indices (M, K)."""
 
     @staticmethod
     def forward(ctx, x, routing, route):
         ctx.route = route
-        route.finish()
+        with route.beside():
+            route.start([tensor.index_select(0, route.token) for tensor in (x, routing)])
+        x, routing = arrived = route.finish()
+        for tensor in arrived if route.ready is not None else []:
+            tensor.record_stream(torch.cuda.current_stream())  # they were made on another one
+        route.token = route.token.clone()  # without the rest, which a layer would keep
         weights, indices = routing.chunk(2, 1)
         indices = indices.long()
         ctx.mark_non_differentiable(indices)
-        return x.view_as(x), weights.contiguous(), indices
+        return x, weights.contiguous(), indices
 
     @staticmethod
     def backward(ctx, dx, dweights, _):
@@ -172,11 +200,11 @@ class Exchange:
             x, weights, indices = x[mine], weights[mine], indices[mine]
         # float32 holds the numbers of experts exactly.
         routing = torch.cat([weights, indices.to(weights.dtype)], 1)  # (N, 2K)
-        route = self.depart(x, routing, *self.destinations(indices))
+        leaving = self.depart(x, routing, *self.destinations(indices))
         shared = self.moe.shared_experts(x)  # while the tokens travel
         # With LoRA `run_experts` is another one, and a layer is compiled anew: that of the shared
         # experts is a hook, which the compiler does not look at.
-        return self.at_experts(route, shared, self.moe.run_experts, N)
+        return self.at_experts(leaving, shared, self.moe.run_experts, N)
 
     def destinations(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """indices (N, K) -> tokens in the order of the ranks that they go to, and the inverse of
@@ -189,22 +217,19 @@ class Exchange:
     @torch.compiler.disable
     def depart(
         self, x: Tensor, routing: Tensor, token: Tensor, inverse: Tensor, counts: Tensor
-    ) -> Route:
-        """Starts to send the tokens to their experts. This waits for the GPU, once a layer, for how
-        many go where."""
-        there, here = self.exchanged(counts, routing.shape[1] // 2, len(x))
-        sent, arriving = [n for n, _ in there], [n for n, _ in here]
-        slots = sum(n for _, n in here)
-        token = token[: sum(sent)].clone()  # without the rest, which a layer would keep
-        route = Route(token, inverse, sent, arriving, slots, self.group)
-        route.coming = Depart.apply(x, routing, route)
-        return route
+    ) -> tuple[Tensor, Tensor, Route]:
+        """Tells the other ranks how many tokens go there."""
+        counts = self.exchanged(counts, routing.shape[1] // 2, len(x))
+        ready = torch.cuda.current_stream().record_event() if x.is_cuda else None
+        route = Route(token, inverse, counts, self.group, ready)
+        return *Depart.apply(x, routing, route), route
 
     @torch.compiler.disable
-    def at_experts(self, route: Route, shared: Tensor, run_experts: Callable, N: int) -> Tensor:
+    def at_experts(self, leaving: tuple, shared: Tensor, run_experts: Callable, N: int) -> Tensor:
         """Returns the sum of routed and shared experts (N, D)."""
-        coming, route.coming = route.coming, ()  # a checkpointed layer must not keep them
-        arrived = Arrive.apply(*coming, route)
+        *tokens, route = leaving
+        route.settle()
+        arrived = Arrive.apply(*tokens, route)
         self.moe.experts.slots_here = route.slots
         y = run_experts(self.moe, *arrived)
         y = Return.apply(y, self.anchor, route) + shared
@@ -216,15 +241,16 @@ class Exchange:
         dist.all_gather(gathered, padded, group=self.group)
         return torch.cat(gathered)[:N]
 
-    def exchanged(self, counts: Tensor, K: int, N: int) -> list[list[tuple[int, int]]]:
+    def exchanged(self, counts: Tensor, K: int, N: int) -> Tensor:
         """counts (R, 2), tokens and slots from here to each rank -> these, and those from each to
-        here. A plan assumes that experts are drawn evenly."""
+        here (2, R, 2), on the host once the GPU has them. A plan assumes that experts are drawn
+        evenly."""
         if counts.is_meta:
             tokens = round(N * ranks_reached(self.size * self.count, self.size, K) / self.size)
-            return [[(tokens, N * K // self.size)] * self.size] * 2
+            return torch.tensor([tokens, N * K // self.size]).expand(2, self.size, 2)
         coming = torch.empty_like(counts)
         dist.all_to_all_single(coming, counts, group=self.group)
-        return torch.stack([counts, coming]).tolist()
+        return torch.stack([counts, coming]).to("cpu", non_blocking=True)
 
 
 def split_experts(model: Transformer, rank: int, size: int, group=None) -> None:
