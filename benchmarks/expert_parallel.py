@@ -260,8 +260,10 @@ def main() -> None:
             if row["kernels_ms"]:
                 print(f"  ms of kernels on the first rank: {row['kernels_ms']}", flush=True)
         empty_memory(device)
-        for group in {parallel.world, parallel.same_replica, parallel.same_experts} - {None}:
-            dist.destroy_process_group(group)
+        # In one order on all ranks: NCCL waits for the others here.
+        for group in dict.fromkeys((parallel.world, parallel.same_replica, parallel.same_experts)):
+            if group is not None:
+                dist.destroy_process_group(group)
     if ranks == 1:
         pairs = zip(results[::2], results[1::2])
         ratios = [f"{theirs['ms'] / mine['ms']:.3f}" for theirs, mine in pairs]
