@@ -240,7 +240,7 @@ def test_what_ranks_exchange_by_hand():
     assert lines["x 2048 x 2 bytes: one way"].startswith(f"{way / 2**20:.1f} MiB")
     step = way * 26 * 4
     assert lines["x 26 layers x micro-batches: a step"].startswith(f"{step / 2**30:.2f} GiB")
-    arithmetic = 16384 * step_flops(config, base) / 350e12
+    arithmetic = 16384 * step_flops(config, base) / 430e12
     taken = step / 130e9
     share = taken / (taken + arithmetic)
     assert lines["exchange at 130 GB/s (NVLink 4)"].startswith(f"{taken:.2f} s, {share:.0%}")

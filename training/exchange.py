@@ -14,8 +14,8 @@ from training.table import size_text, table_row
 # GB/s one way: as four H100s exchange tokens in a step (docs/several_gpus.md), and a network's
 # nominal one.
 LINKS = {"NVLink 4": 130, "400 Gbit/s a GPU": 50}
-# A second: measured for whole steps of the V2-Lite job on an H200 (docs/several_gpus.md).
-FLOPS = 350e12
+# A second: whole steps of the V2-Lite job on one H100 (docs/several_gpus.md).
+FLOPS = 430e12
 
 
 def step_flops(config: TrainConfig, base: ModelConfig) -> float:
