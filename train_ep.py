@@ -49,24 +49,23 @@ def exchange_stream(device: torch.device) -> torch.cuda.Stream:
 class Route:
     """How tokens of one layer travel: once to each rank that holds some of their experts."""
 
-    token: Tensor  # those that go from here, side by side for each rank: (N * R,), of which (T,)
+    token: Tensor  # (T,) those that go from here, side by side for each rank; at first (N * R,)
     inverse: Tensor  # (N * R,) as `sort_by_expert` returns it, with ranks in place of experts
     counts: Tensor  # (2, R, 2) tokens and slots, from here to each rank and from each to here
     group: dist.ProcessGroup | None
-    ready: torch.cuda.Event | None  # after which a GPU has x, and the host has `counts`
-    sent: list[int] = ()  # tokens that go from here to each rank
-    arriving: list[int] = ()  # tokens that come here from each
-    slots: int = 0  # of the experts here, that these tokens have
-    under_way: list = None  # what `start` left for `finish`
+    ready: torch.cuda.Event | None  # when a GPU has x, and the host has `counts`
+    sent: list[int] | None = None  # tokens that go from here to each rank
+    arriving: list[int] | None = None  # tokens that come here from each
+    slots: int | None = None  # of the experts here, that these tokens have
+    under_way: list | None = None  # what `start` left for `finish`
 
     def settle(self) -> None:
-        """Waits for the GPU, once a layer, for how many tokens go where."""
+        """Learns how many tokens go where. This is where the host waits for the GPU."""
         if self.ready is not None:
             self.ready.synchronize()
         there, here = self.counts.tolist()
         self.sent, self.arriving = [n for n, _ in there], [n for n, _ in here]
         self.slots = sum(n for _, n in here)
-        self.token = self.token[: sum(self.sent)]
 
     def beside(self) -> AbstractContextManager:
         """What a GPU runs in this context waits for `ready` only, not for the shared experts, which
@@ -103,19 +102,20 @@ class Route:
         return arrived
 
 
-# Gradients leave the experts in `Arrive`, and `Depart` waits for them, so that other work can be
-# done in between. Autograd runs what was called last first: the shared experts are called between
-# the two, so their backward lies there, too.
+# In backward, gradients leave the experts in `Arrive`, and `Depart` waits for them, so that other
+# work can be done in between. Autograd runs what was called last first: the shared experts are
+# called between the two, so their backward lies there, too.
 
 
 class Depart(torch.autograd.Function):
-    """Returns x (N, D), and weights and experts side by side as `routing` (N, 2K), for `Arrive`."""
+    """Passes x (N, D), and weights and experts side by side as `routing` (N, 2K), on to `Arrive`.
+    In backward it waits for their gradients."""
 
     @staticmethod
     def forward(ctx, x, routing, route):
         ctx.route = route
         ctx.set_materialize_grads(False)
-        return x.view_as(x), routing.view_as(routing)
+        return x, routing
 
     @staticmethod
     def backward(ctx, _, __):
@@ -130,12 +130,14 @@ class Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, routing, route):
         ctx.route = route
+        token = route.token[: sum(route.sent)]
         with route.beside():
-            route.start([tensor.index_select(0, route.token) for tensor in (x, routing)])
-        x, routing = arrived = route.finish()
-        for tensor in arrived if route.ready is not None else []:
-            tensor.record_stream(torch.cuda.current_stream())  # they were made on another one
-        route.token = route.token.clone()  # without the rest, which a layer would keep
+            route.start([tensor.index_select(0, token) for tensor in (x, routing)])
+        x, routing = route.finish()
+        if route.ready is not None:  # they were made on another stream than the one that reads them
+            for tensor in (x, routing):
+                tensor.record_stream(torch.cuda.current_stream())
+        route.token = token.clone()  # so that the rest is freed
         weights, indices = routing.chunk(2, 1)
         indices = indices.long()
         ctx.mark_non_differentiable(indices)
@@ -201,7 +203,7 @@ class Exchange:
         # float32 holds the numbers of experts exactly.
         routing = torch.cat([weights, indices.to(weights.dtype)], 1)  # (N, 2K)
         leaving = self.depart(x, routing, *self.destinations(indices))
-        shared = self.moe.shared_experts(x)  # while the tokens travel
+        shared = self.moe.shared_experts(x)  # while the host waits and tokens travel
         # With LoRA `run_experts` is another one, and a layer is compiled anew: that of the shared
         # experts is a hook, which the compiler does not look at.
         return self.at_experts(leaving, shared, self.moe.run_experts, N)
@@ -218,7 +220,7 @@ class Exchange:
     def depart(
         self, x: Tensor, routing: Tensor, token: Tensor, inverse: Tensor, counts: Tensor
     ) -> tuple[Tensor, Tensor, Route]:
-        """Tells the other ranks how many tokens go there."""
+        """Asks for the numbers of tokens. Returns x, routing and their route, for `at_experts`."""
         counts = self.exchanged(counts, routing.shape[1] // 2, len(x))
         ready = torch.cuda.current_stream().record_event() if x.is_cuda else None
         route = Route(token, inverse, counts, self.group, ready)
@@ -243,8 +245,8 @@ class Exchange:
 
     def exchanged(self, counts: Tensor, K: int, N: int) -> Tensor:
         """counts (R, 2), tokens and slots from here to each rank -> these, and those from each to
-        here (2, R, 2), on the host once the GPU has them. A plan assumes that experts are drawn
-        evenly."""
+        here (2, R, 2), on the host: a GPU's are there when it gets this far. A plan assumes that
+        experts are drawn evenly."""
         if counts.is_meta:
             tokens = round(N * ranks_reached(self.size * self.count, self.size, K) / self.size)
             return torch.tensor([tokens, N * K // self.size]).expand(2, self.size, 2)
@@ -367,7 +369,7 @@ class Rehearsal(SingleProcess):
         if world_size < 1:
             raise ValueError(f"--plan {world_size}: at least 1 rank is required")
         if ep_size < 1 or world_size % ep_size or E % ep_size:
-            needed = f"must divide the number of ranks and the {E} experts of a layer"
+            needed = f"must divide the number of ranks (its default) and a layer's {E} experts"
             raise ValueError(f"--plan {world_size}: ep_size is {ep_size}; {needed}")
         self.world_size, self.ep_size = world_size, ep_size
         trained = [0] * ep_size
@@ -404,7 +406,8 @@ def own_device(device: str) -> str:
         return device
     number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= count:
-        raise ValueError(f"device is cuda, for process {number} of a host with {count} GPUs")
+        needed = "as many GPUs as processes are required, or --device cpu"
+        raise ValueError(f"process {number} of this host finds {count} GPUs; {needed}")
     torch.cuda.set_device(number)
     return f"cuda:{number}"
 

@@ -269,7 +269,7 @@ def main() -> None:
         ratios = [f"{theirs['ms'] / mine['ms']:.3f}" for theirs, mine in pairs]
         print(f"train_ep.py's speed over train.py's: {', '.join(ratios)}")
     kind = {"benchmark": "expert_parallel", **made, "ranks": ranks, "seq_length": length}
-    print(json.dumps({**kind, "results": results}))
+    print(json.dumps({**kind, "steps": args.steps, "results": results}))
     parallel.leave()
 
 

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def print_conditions(device: str) -> dict:
     made = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": metadata.version("transformers") if find_spec("transformers") else "none",
         "date": str(datetime.date.today()),
         "commit": commit,
     }

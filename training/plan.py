@@ -209,7 +209,7 @@ def plan(
     model_config.check_row(config.seq_length, "seq_length")
     expert_cfg, what = planned_experts(config, model_config)
     said = f"rehearses steps of {model_config.num_hidden_layers} layers without data"
-    print(f"{said}: this takes seconds, or a minute or two with large models", file=sys.stderr)
+    print(f"{said}: this takes seconds, or minutes with large models", file=sys.stderr)
     columns = rehearse(model_config, expert_cfg) if rehearse else [SingleProcess()]
     whole = build_model(model_config, "meta")
     total = sum(p.numel() for p in whole.parameters())
@@ -242,7 +242,7 @@ def plan(
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
         "which two are kept and a third is written",
         "nothing was loaded or written; next: "
-        + ("the same command without --plan" if rehearse else "one of the commands above")
+        + ("torchrun, with these keys and no --plan" if rehearse else "one of the commands above")
         + ", with a whole checkpoint as --model" * only_config,
     ]
     return "\n".join(lines)
