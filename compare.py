@@ -85,7 +85,7 @@ def read_configs(arguments: argparse.Namespace) -> tuple[dict[str, TrainConfig],
     rates = read_rates(arguments.methods)
     keys = TrainConfig.__dataclass_fields__
     meanings = {name: field.metadata["help"] for name, field in keys.items()}
-    given = read_toml(arguments.config, meanings) if arguments.config else {}
+    given = read_toml(arguments.config, meanings, arguments) if arguments.config else {}
     given |= {name: value for name, value in vars(arguments).items() if name in keys}
     own = given.get("method", "esft")  # the method that the config's learning rate is for
     Keys.check(TrainConfig(method=own))

@@ -180,7 +180,8 @@ K = TypeVar("K", bound=Keys)
 def read_keys(kind: type[K], arguments: argparse.Namespace, path: str | None = None) -> K:
     """Returns the checked config of a command line; precedence: defaults < the TOML file `path` <
     flags. Raises ValueError that names file, key, value, and what is required."""
-    values = read_toml(path, {f.name: f.metadata["help"] for f in fields(kind)}) if path else {}
+    known = {f.name: f.metadata["help"] for f in fields(kind)}
+    values = read_toml(path, known, arguments) if path else {}
     flags = {f.name: f for f in fields(kind) if f.name in arguments}
     for name, f in flags.items():
         text, (read, required) = getattr(arguments, name), READ[kind_of(f)]
@@ -198,8 +199,9 @@ def read_keys(kind: type[K], arguments: argparse.Namespace, path: str | None = N
     return config
 
 
-def read_toml(path: str, known: dict[str, str]) -> dict:
-    """Returns what a file says. `known` keys map to their meaning; others raise ValueError."""
+def read_toml(path: str, known: dict[str, str], arguments: argparse.Namespace) -> dict:
+    """Returns what a file says. `known` keys map to their meaning; others raise ValueError, also
+    those of the command line alone."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -207,6 +209,8 @@ def read_toml(path: str, known: dict[str, str]) -> dict:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     for name in values:
+        if name not in known and name in arguments:
+            raise ValueError(f"{path}: {name} is no key of the file; give --{name} to the command")
         if name not in known:
             raise ValueError(f"{path}: unknown key {name}{nearest(name, known)}")
     return values

@@ -21,6 +21,7 @@ class Config(TrainConfig):
 def read(*flags: str, path=None) -> Config:
     parser = argparse.ArgumentParser()
     add_keys(parser, Config)
+    parser.add_argument("--ranks", help="of the command line alone")
     needed = ["--model", "m", "--data", "d", "--output_dir", "o"]
     return read_keys(Config, parser.parse_args([*needed, *flags]), path)
 
@@ -45,6 +46,7 @@ def test_a_new_key_is_one_line(tmp_path):
         ("top_k = 0", "top_k is 0; must be at least 1"),
         ("top_kk = 1", 'unknown key top_kk; did you mean top_k, "experts of a layer"'),
         ("zzz = 1", "unknown key zzz$"),
+        ("ranks = 1", "ranks is no key of the file; give --ranks to the command$"),
         ("names = 'a'", "names is 'a'; must be a list of strings"),
         ("lr = 1e-3", 'unknown key lr; did you mean learning_rate, "peak .def'),
         ("max_steps = 9", 'unknown key max_steps; did you mean steps, "optimizer steps"'),
