@@ -42,6 +42,7 @@ from training.stopping import ENDINGS, ending
 
 @cache
 def exchange_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream of `Route.beside`, one for all layers: a stream has memory of its own."""
     return torch.cuda.Stream(device)
 
 
@@ -56,16 +57,16 @@ class Route:
     ready: torch.cuda.Event | None  # when a GPU has x, and the host has `counts`
     sent: list[int] | None = None  # tokens that go from here to each rank
     arriving: list[int] | None = None  # tokens that come here from each
-    slots: int | None = None  # of the experts here, that these tokens have
     under_way: list | None = None  # what `start` left for `finish`
 
-    def settle(self) -> None:
-        """Learns how many tokens go where. This is where the host waits for the GPU."""
+    def settle(self) -> int:
+        """Learns how many tokens go where; here the host waits for the GPU. Returns how many slots,
+        of the experts here, the tokens have that come."""
         if self.ready is not None:
             self.ready.synchronize()
         there, here = self.counts.tolist()
         self.sent, self.arriving = [n for n, _ in there], [n for n, _ in here]
-        self.slots = sum(n for _, n in here)
+        return sum(n for _, n in here)
 
     def beside(self) -> AbstractContextManager:
         """What a GPU runs in this context waits for `ready` only, not for the shared experts, which
@@ -229,11 +230,9 @@ class Exchange:
     @torch.compiler.disable
     def at_experts(self, leaving: tuple, shared: Tensor, run_experts: Callable, N: int) -> Tensor:
         """Returns the sum of routed and shared experts (N, D)."""
-        *tokens, route = leaving
-        route.settle()
-        arrived = Arrive.apply(*tokens, route)
-        self.moe.experts.slots_here = route.slots
-        y = run_experts(self.moe, *arrived)
+        *_, route = leaving
+        self.moe.experts.slots_here = route.settle()
+        y = run_experts(self.moe, *Arrive.apply(*leaving))
         y = Return.apply(y, self.anchor, route) + shared
         if torch.is_grad_enabled():
             return y

@@ -166,6 +166,8 @@ def test_plan_by_hand(tmp_path):
         assert 0 < need["activations", True] < need["activations", False]
     for text in (plan(config, compute_gradients), plan_ranks(config, [1, 4], None)):
         assert f"{total:,} parameters" in text and "GPU of 16 GB" in text
+    following = "torchrun --nproc-per-node RANKS train_ep.py with these keys, without --plan"
+    assert text.endswith(f"next: {following}, with a whole checkpoint as --model")
     for ranks, ep_size in ((3, None), (4, 3), (8, 16)):
         with pytest.raises(
             ValueError, match=f"--plan {ranks}: ep_size is {ep_size or ranks}; must"

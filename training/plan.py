@@ -224,8 +224,10 @@ def plan(
     if rehearse:
         advice = rank_lines(config, columns, planned)
         advice += exchange_lines(config, model_config, columns)
+        following = "torchrun --nproc-per-node RANKS train_ep.py with these keys, without --plan"
     else:
         advice = command_lines(config, planned[0], given or {})
+        following = "one of the commands above"
     count = sum(p.numel() for p in trained.values())
     adapter = size_text(count * getattr(torch, config.dtype).itemsize)
     steps = f"{config.batch_size} rows of {config.seq_length} tokens"
@@ -241,8 +243,7 @@ def plan(
         "",
         f"on disk: adapter {adapter}; each checkpoint to continue from {size_text(count * 12)}, of "
         "which two are kept and a third is written",
-        "nothing was loaded or written; next: "
-        + ("torchrun, with these keys and no --plan" if rehearse else "one of the commands above")
+        f"nothing was loaded or written; next: {following}"
         + ", with a whole checkpoint as --model" * only_config,
     ]
     return "\n".join(lines)
